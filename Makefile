@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a virtual environment with the pinned packages.
+
+VENV ?= .venv
+WORKERS ?= 2
+
+# The first Python on the path that is new enough.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	"$$python" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
+
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.installed-runtime
+DEV := $(VENV)/.installed-dev
+SOURCES := $(wildcard ep_jax experiments benchmarks tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint typecheck env clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo 'Variables: PYTHON (3.11 or newer), VENV (.venv), WORKERS (2; 0 runs the tests in one process)'
+
+demo: $(RUNTIME) ## train a small network on the digits, from scratch
+	rm -rf runs/demo
+	$(BIN)/python experiments/train.py --preset digits --out runs/demo
+
+test: $(DEV) ## run the tests
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(DEV) ## check style and formatting
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+typecheck: $(DEV) ## check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+env: $(DEV) ## only set up the environment
+
+clean: ## remove the environment, caches and runs/demo
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation starts over.
+$(DEV): EXTRA := [dev]
+$(RUNTIME) $(DEV): pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) -c '$(NEW_ENOUGH)' || { \
+		echo 'ep_jax needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3' >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.$(EXTRA)'
+	@touch $@

@@ -1,0 +1,488 @@
+"""The phases: relaxation of the state, free and nudged, one ``lax.scan`` each.
+
+A sweep updates every layer once. In what order it does so changes how fast the state settles, not
+where: ``synchronous`` updates all layers from the same old signals, ``alternating`` every other
+layer and then the rest, ``ordered`` one after the other, bottom-up in the free phase (as the input
+travels) and top-down in the nudged one (as the error does). Each sweep computes the drive and the
+adjoint of each layer once, so all cost the same.
+
+The nudged phase exists in two coordinates with one fixed point. In *absolute* coordinates the state
+itself relaxes under the nudge ``-beta dC/ds_L``. In *displacement* coordinates its displacement
+relaxes, in units in which it is of order one in every layer::
+
+    s_l = s0_l + beta_l D_l,   beta_l = beta alpha^(L - l)
+    J_l = alpha A'_l(D_{l-1}) + A_{l+1}^T(D_{l+1}),   J_L = alpha A'_L(D_{L-1}) - dC/ds_L
+    D_l = [sigma(I0_l + beta_l J_l) - sigma(I0_l)] / beta_l
+
+with ``I0`` the currents of the free state, ``s0 = sigma(I0)`` and ``A'`` the drive without bias. All
+maps between layers are affine, so this is exact at any beta; no small difference of large numbers is
+formed, so it is exact in any precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from ep_jax import network
+from ep_jax.checks import check_choice, check_float_array, check_integer, check_number, known
+from ep_jax.costs import cost_gradient, targets
+from ep_jax.network import Links, NetworkSpec, Params, State, is_linear
+from ep_jax.neurons import ACTIVATIONS, Activation, Clock, Relax, relax, relax_displacement
+
+ESTIMATORS = ("one_sided", "random_sign", "symmetric")
+SWEEPS = ("synchronous", "alternating", "ordered")
+COORDINATES = ("absolute", "displacement")
+
+MOVING = 1e-3
+"""A unit counts as moving when a sweep changes it by more than this."""
+
+
+@dataclass(frozen=True)
+class Phases:
+    """How the network is relaxed and how its gradient is estimated. Static under ``jit``.
+
+    Attributes:
+        free: sweeps of the free phase.
+        nudged: sweeps of the nudged phase.
+        beta: nudging strength, not 0.
+        estimator: ``"one_sided"`` (free against beta), ``"random_sign"`` (free against plus or minus
+            beta, drawn for each example) or ``"symmetric"`` (plus against minus beta).
+        sweep: ``"synchronous"``, ``"alternating"`` or ``"ordered"``.
+        coordinates: ``"absolute"`` or ``"displacement"``, of the nudged phase.
+
+    Example:
+        >>> Phases(free=12, nudged=8, sweep="alternating", coordinates="displacement").beta
+        0.1
+    """
+
+    free: int = 100
+    nudged: int = 30
+    beta: float = 0.1
+    estimator: Literal["one_sided", "random_sign", "symmetric"] = "symmetric"
+    sweep: Literal["synchronous", "alternating", "ordered"] = "synchronous"
+    coordinates: Literal["absolute", "displacement"] = "absolute"
+
+    def __post_init__(self) -> None:
+        check_integer("Phases.free", self.free, at_least=1)
+        check_integer("Phases.nudged", self.nudged, at_least=1)
+        check_beta("Phases.beta", self.beta)
+        check_choice("Phases.estimator", self.estimator, ESTIMATORS)
+        check_choice("Phases.sweep", self.sweep, SWEEPS)
+        check_choice("Phases.coordinates", self.coordinates, COORDINATES)
+
+
+class Snapshot(NamedTuple):
+    """What a `trace` function sees after each sweep, in logical layout.
+
+    Attributes:
+        step: 0-based number of the sweep.
+        state: tuple over layers of the analog states (in displacement coordinates: of ``D``).
+        spikes: tuple over layers of the spikes emitted in this sweep; zeros for rate neurons.
+        residual: ``|s_{t+1} - s_t|`` of this sweep.
+    """
+
+    step: jax.Array
+    state: State
+    spikes: State
+    residual: jax.Array
+
+
+Trace: TypeAlias = Callable[[Snapshot], Any]
+
+
+class PhaseInfo(NamedTuple):
+    """What a phase tells about itself.
+
+    Attributes:
+        residual: ``|s_{t+1} - s_t|`` over all layers, of the last sweep.
+        moving: fraction of units that the last sweep changed by more than `MOVING`.
+        spikes: tuple over layers of the spikes per neuron in the whole phase (0 for rate neurons).
+        trace: what the `trace` function returned, stacked over sweeps; ``None`` without one.
+    """
+
+    residual: jax.Array
+    moving: jax.Array
+    spikes: tuple[jax.Array, ...]
+    trace: Any = None
+
+
+def check_beta(name: str, beta: Any) -> None:
+    """Raise where `beta` is known and no finite number other than 0."""
+    if not known(beta):
+        return
+    beta = beta.item() if hasattr(beta, "item") and getattr(beta, "ndim", 1) == 0 else beta
+    check_number(name, beta)
+    if beta == 0:
+        raise ValueError(f"{name} is 0; expected a nudging strength other than 0")
+
+
+def check_phases(spec: NetworkSpec, phases: Phases, key: jax.Array | None) -> None:
+    """Raise where `phases` or `key` do not suit `spec`."""
+    if not isinstance(phases, Phases):
+        raise TypeError(f"phases is {phases!r}; expected ep_jax.Phases")
+    if phases.coordinates == "displacement" and not all(map(is_linear, spec.layers)):
+        raise ValueError("coordinates is 'displacement', but a layer has pool='max', whose winners "
+                         "change; expected coordinates='absolute' with max pooling")  # fmt: skip
+    if key is None and spec.neuron.stochastic:
+        raise ValueError(f"key is None; expected a random key for {spec.neuron}")
+
+
+def sweep_order(sweep: str, depth: int, nudged: bool) -> tuple[int, ...]:
+    """The order in which a sweep updates the layers (0-based).
+
+    Alternating sweeps begin with the layers that the news reaches first: those at an even distance
+    from the input in the free phase, from the output in the nudged one.
+    """
+    if sweep == "alternating":
+        first = (depth - 1) % 2 if nudged else 0
+        return (*range(first, depth, 2), *range(1 - first, depth, 2))
+    upwards = range(depth)
+    return tuple(reversed(upwards)) if sweep == "ordered" and nudged else tuple(upwards)
+
+
+def activation_of(spec: NetworkSpec, l: int) -> Activation:
+    """The activation of layer ``l`` (0-based): an output layer is linear."""
+    is_output = l == spec.depth - 1 and spec.cost == "squared_error"
+    return ACTIVATIONS["linear" if is_output else spec.neuron.activation]
+
+
+def external(spec: NetworkSpec, links: Links, drive: jax.Array) -> State:
+    """What layers receive besides signals: their bias, and the first one the input's `drive`."""
+    return (links.biases[0] + drive, *links.biases[1:])
+
+
+def _relax(
+    spec: NetworkSpec,
+    links: Links,
+    phases: Phases,
+    *,
+    start: State,
+    start_currents: State,
+    relaxes: tuple[Relax, ...],
+    nudged: bool,
+    displaced: bool,
+    gains: tuple[float, float],
+    units: tuple[jax.Array | float, ...],
+    key: jax.Array | None,
+    trace: Trace | None,
+) -> tuple[State, PhaseInfo]:
+    """One phase of any kind: its sweeps in one scan that keeps its carry and nothing else."""
+    neuron, depth = spec.neuron, spec.depth
+    steps = phases.nudged if nudged else phases.free
+    order = sweep_order(phases.sweep, depth, nudged)
+    in_place = phases.sweep != "synchronous"
+    sizes = [s.size for s in start]
+    zero = jnp.zeros((), start[-1].dtype)
+
+    def sweep(states: list[Any], t: jax.Array) -> tuple[list[Any], list[jax.Array]]:
+        old, new = states, list(states)
+        signals = [neuron.signal(state) for state in old]
+        spikes = [jnp.zeros((), start[-1].dtype)] * depth
+        updated: set[int] = set()
+        for l in order:
+            heard = signals if in_place else [neuron.signal(state) for state in old]
+            clock = Clock(
+                step=t,
+                steps=steps,
+                before=phases.free if nudged else 0,
+                layer=l + 1,
+                unit=1.0 if displaced else units[l],
+                fresh=in_place and bool(updated & {l - 1, l + 1}),
+                nudged=nudged,
+                displaced=displaced,
+            )
+            dice = None if key is None else jax.random.fold_in(jax.random.fold_in(key, t), l)
+            incoming = network.current(spec, links, l, tuple(heard), *gains)
+            incoming = jax.lax.optimization_barrier(incoming)
+            new[l], sent = neuron.step(old[l], incoming, relaxes[l], clock, dice)
+            signals[l] = neuron.signal(new[l])
+            updated.add(l)
+            if sent is not None:
+                spikes[l] = sent
+        return new, spikes
+
+    def body(carry: Any, t: jax.Array) -> tuple[Any, Any]:
+        states, _, _, counts = carry
+        new, spikes = sweep(states, t)
+
+        def measure() -> tuple[jax.Array, jax.Array]:
+            changes = [b.s - a.s for a, b in zip(states, new, strict=True)]
+            scale = units if displaced else (1.0,) * depth
+            squares = [jnp.sum(c**2) * u**2 for c, u in zip(changes, scale, strict=True)]
+            moved = [jnp.sum(jnp.abs(c) > MOVING, dtype=c.dtype) for c in changes]
+            return jnp.sqrt(sum(squares[1:], squares[0])), sum(moved[1:], moved[0]) / sum(sizes)
+
+        # Nobody sees them before the last sweep, unless a trace is asked for.
+        seen_now = (t == steps - 1) | (trace is not None)
+        residual, moving = jax.lax.cond(seen_now, measure, lambda: (zero, zero))
+        counts = [
+            n + jnp.sum(jnp.abs(q)) / z for n, q, z in zip(counts, spikes, sizes, strict=True)
+        ]
+        seen = None
+        if trace is not None:
+            full = tuple(jnp.broadcast_to(q, s.shape) for q, s in zip(spikes, start, strict=True))
+            state = network.unpack(spec, tuple(state.s for state in new))
+            seen = trace(Snapshot(t, state, network.unpack(spec, full), residual))
+        return (new, residual, moving, counts), seen
+
+    states = [neuron.start(s, i) for s, i in zip(start, start_currents, strict=True)]
+    carry = (states, zero, zero, [zero] * depth)
+    (states, residual, moving, counts), seen = jax.lax.scan(body, carry, jnp.arange(steps))
+    state = tuple(neuron.readout(state) for state in states)
+    return state, PhaseInfo(residual, moving, tuple(counts), seen)
+
+
+def _absolute(
+    spec: NetworkSpec,
+    links: Links,
+    drive: jax.Array,
+    nudge: Callable[[jax.Array], jax.Array] | None,
+) -> tuple[Relax, ...]:
+    """The damped steps of the layers in absolute coordinates, with a `nudge` on the last one."""
+    given = external(spec, links, drive)
+
+    def layer(l: int) -> Relax:
+        def step(s: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
+            total = current + given[l]
+            if nudge is not None and l == spec.depth - 1:
+                total = total + nudge(s)
+            return relax(activation_of(spec, l), s, total, epsilon)
+
+        return step
+
+    return tuple(map(layer, range(spec.depth)))
+
+
+def settle_free(
+    spec: NetworkSpec,
+    links: Links,
+    drive: jax.Array,
+    phases: Phases,
+    key: jax.Array | None,
+    trace: Trace | None = None,
+) -> tuple[State, PhaseInfo]:
+    """`free_phase` in working form: packed state, the input's drive computed beforehand."""
+    zeros = network.pack(spec, tuple(jnp.zeros(s, drive.dtype) for s in spec.state_shapes))
+    return _relax(
+        spec,
+        links,
+        phases,
+        start=zeros,
+        start_currents=zeros,
+        relaxes=_absolute(spec, links, drive, None),
+        nudged=False,
+        displaced=False,
+        gains=(1.0, spec.feedback),
+        units=(1.0,) * spec.depth,
+        key=key,
+        trace=trace,
+    )
+
+
+def settle_nudged(
+    spec: NetworkSpec,
+    links: Links,
+    drive: jax.Array,
+    y: jax.Array,
+    state: State,
+    beta: jax.Array | float,
+    phases: Phases,
+    key: jax.Array | None,
+    trace: Trace | None = None,
+) -> tuple[State, PhaseInfo]:
+    """The nudged phase in absolute coordinates and working form, from the packed free `state`."""
+
+    def nudge(s: jax.Array) -> jax.Array:
+        return -beta * cost_gradient(links, s, y)
+
+    layers = range(spec.depth)
+    gains = (1.0, spec.feedback)
+    return _relax(
+        spec,
+        links,
+        phases,
+        start=state,
+        start_currents=tuple(network.current(spec, links, l, state, *gains) for l in layers),
+        relaxes=_absolute(spec, links, drive, nudge),
+        nudged=True,
+        displaced=False,
+        gains=gains,
+        units=tuple(jnp.abs(beta) * spec.weight_of(l) for l in layers),
+        key=key,
+        trace=trace,
+    )
+
+
+class Base(NamedTuple):
+    """What a displacement starts from, packed: the free state ``s0`` and its currents ``I0``."""
+
+    state: State
+    currents: State
+
+
+def base_of(spec: NetworkSpec, links: Links, drive: jax.Array, state: State) -> Base:
+    """The base of a displacement: ``I0 = I(state)`` with input and bias, and ``s0 = sigma(I0)``."""
+    given = external(spec, links, drive)
+    layers = range(spec.depth)
+    currents = tuple(
+        given[l] + network.current(spec, links, l, state, 1.0, spec.feedback) for l in layers
+    )
+    return Base(tuple(activation_of(spec, l).apply(currents[l]) for l in layers), currents)
+
+
+def settle_displacement(
+    spec: NetworkSpec,
+    links: Links,
+    y: jax.Array,
+    base: Base,
+    beta: jax.Array | float,
+    phases: Phases,
+    key: jax.Array | None,
+    trace: Trace | None = None,
+) -> tuple[State, PhaseInfo]:
+    """The nudged phase in displacement coordinates and working form: ``D``, packed."""
+    units = tuple(beta * spec.weight_of(l) for l in range(spec.depth))
+
+    def layer(l: int) -> Relax:
+        def step(d: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
+            if l == spec.depth - 1:
+                current = current - cost_gradient(links, base.state[l] + beta * d, y)
+            return relax_displacement(
+                activation_of(spec, l), base.currents[l], d, current, units[l], epsilon
+            )
+
+        return step
+
+    at_rest = tuple(map(jnp.zeros_like, base.state))
+    return _relax(
+        spec,
+        links,
+        phases,
+        start=at_rest,
+        start_currents=at_rest,
+        relaxes=tuple(map(layer, range(spec.depth))),
+        nudged=True,
+        displaced=True,
+        gains=(spec.feedback, 1.0),
+        units=units,
+        key=key,
+        trace=trace,
+    )
+
+
+def free_phase(
+    params: Params,
+    spec: NetworkSpec,
+    x: jax.Array,
+    phases: Phases,
+    key: jax.Array | None = None,
+    trace: Trace | None = None,
+) -> tuple[State, PhaseInfo]:
+    """Relax the network freely (``beta = 0``) from zero state.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        x: one input, floating point, of shape ``spec.input_shape``.
+        phases: ``phases.free`` sweeps of the kind ``phases.sweep``.
+        key: random key; stochastic neurons need one.
+        trace: called with a `Snapshot` after each sweep; what it returns is stacked over sweeps in
+            ``info.trace``. Nothing is stored per sweep without it.
+
+    Returns:
+        The state, a tuple over layers of arrays ``[H, W, C]`` or ``[N]`` (for spiking neurons the
+        read-out of the analog states), and a `PhaseInfo`.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype or value.
+
+    Example:
+        >>> spec = NetworkSpec((2,), (network.Dense(2),), neuron=ep_jax.Rate())
+        >>> params = ({"w": jnp.eye(2), "b": jnp.zeros(2)},)
+        >>> state, info = free_phase(params, spec, jnp.array([0.5, 0.25]), Phases(free=3))
+        >>> [float(s) for s in state[-1]]
+        [0.5, 0.25]
+    """
+    network.check_example(spec, params, x)
+    check_phases(spec, phases, key)
+    links = network.link(params, spec)
+    drive = network.input_drive(spec, links, x)
+    state, info = settle_free(spec, links, drive, phases, key, trace)
+    return network.unpack(spec, state), info
+
+
+def nudged_phase(
+    params: Params,
+    spec: NetworkSpec,
+    x: jax.Array,
+    y: jax.Array,
+    state: State,
+    beta: jax.Array | float,
+    phases: Phases,
+    key: jax.Array | None = None,
+    trace: Trace | None = None,
+) -> tuple[State, PhaseInfo]:
+    """Relax the network nudged by ``-beta dC/ds_L``, from the free `state`.
+
+    Spiking neurons start with receivers that know `state`, so the phases at plus and minus beta start
+    alike; give both the same `key`.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        x: one input, floating point, of shape ``spec.input_shape``.
+        y: its target: an integer label, or one-hot ``[classes]``.
+        state: the free state, from `free_phase`.
+        beta: nudging strength, not 0; it may be traced.
+        phases: ``phases.nudged`` sweeps of the kind ``phases.sweep`` in ``phases.coordinates``.
+        key: random key; stochastic neurons need one.
+        trace: as for `free_phase`.
+
+    Returns:
+        The nudged state (in either coordinates) and a `PhaseInfo`.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype or value.
+
+    Example:
+        >>> spec = NetworkSpec((2,), (network.Dense(2),), neuron=ep_jax.Rate())
+        >>> params = ({"w": jnp.eye(2), "b": jnp.zeros(2)},)
+        >>> x, free = jnp.array([0.5, 0.0]), (jnp.array([0.5, 0.0]),)
+        >>> state, info = nudged_phase(params, spec, x, 0, free, 0.5, Phases(nudged=40))
+        >>> [round(float(s), 4) for s in state[-1]]
+        [0.6667, 0.0]
+    """
+    network.check_example(spec, params, x, state)
+    check_phases(spec, phases, key)
+    check_beta("beta", beta)
+    y = targets(spec, y, x.dtype)
+    links = network.link(params, spec)
+    drive = network.input_drive(spec, links, x)
+    packed = network.pack(spec, tuple(state))
+    if phases.coordinates == "absolute":
+        nudged, info = settle_nudged(spec, links, drive, y, packed, beta, phases, key, trace)
+    else:
+        base = base_of(spec, links, drive, packed)
+        d, info = settle_displacement(spec, links, y, base, beta, phases, key, trace)
+        nudged = displaced_state(spec, base, d, beta)
+    return network.unpack(spec, nudged), info
+
+
+def displaced_state(spec: NetworkSpec, base: Base, d: State, beta: jax.Array | float) -> State:
+    """``s_l = s0_l + beta alpha^(L - l) D_l``."""
+    return tuple(
+        s + beta * spec.weight_of(l) * v for l, (s, v) in enumerate(zip(base.state, d, strict=True))
+    )
+
+
+def check_batch(spec: NetworkSpec, params: Params, xs: jax.Array) -> None:
+    """Raise where a batch of inputs does not fit `spec`."""
+    network.check_params(spec, params)
+    check_float_array("xs", xs, ("batch", *spec.input_shape))
+    if not len(xs):
+        raise ValueError("xs holds no example; expected at least one")

@@ -1,0 +1,1 @@
+"""Gradient estimators: one module each, one signature for all."""

@@ -1,0 +1,219 @@
+"""Layers and their linear maps: convolution, pooling, and the folded average pool.
+
+A layer holds no parameters; it is a hashable description, static under ``jit``. Its affine drive is
+``A(s) = B(s) + b`` with the bias-free linear (for max pooling: positively homogeneous) map ``B``.
+A bias is constant over space, so every pool lets it through unchanged and it is added last.
+
+``B`` works on *packed* states. ``pack`` puts the logical ``[H, W, C]`` state below a layer into the
+layout in which that layer reads it most cheaply; ``kernel`` turns the logical weights into the
+matrix that multiplies the patches of a packed state. Both are linear, so the derivative with
+respect to the logical weights and states flows through them.
+
+**The folded average pool.** Average pooling of a convolution is itself a convolution: with stride 2
+and the kernel box-filtered to ``k + 1``. After space-to-depth of the state (``[H, W, C]`` to
+``[H/2, W/2, 4 C]``) it becomes a plain stride-1 convolution that needs about a quarter of the
+multiplications and no pooling at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from ep_jax.checks import check_choice, check_integer
+
+Shape: TypeAlias = tuple[int, ...]
+
+POOLS = ("avg", "max", None)
+PADDINGS = ("VALID", "SAME")
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A stride-1 convolution followed by a 2x2, stride-2 pool; states are post-pool.
+
+    Attributes:
+        features: number of output channels.
+        kernel: side of the square kernel.
+        pool: ``"avg"``, ``"max"`` or ``None``.
+        padding: ``"VALID"`` or ``"SAME"`` (zeros, as in ``jax.lax``).
+        fold: fold the average pool into the convolution. The numbers are the same to rounding;
+            ``False`` computes the convolution, then the pool, as the papers write it.
+
+    Example:
+        >>> Conv(32, 5).output_shape((28, 28, 1))
+        (12, 12, 32)
+    """
+
+    features: int
+    kernel: int
+    pool: Literal["avg", "max"] | None = "avg"
+    padding: Literal["VALID", "SAME"] = "VALID"
+    fold: bool = True
+
+    def __post_init__(self) -> None:
+        check_integer("Conv.features", self.features, at_least=1)
+        check_integer("Conv.kernel", self.kernel, at_least=1)
+        check_choice("Conv.pool", self.pool, POOLS)
+        check_choice("Conv.padding", self.padding, PADDINGS)
+
+    def weight_shape(self, below: Shape) -> Shape:
+        """HWIO shape of the weights on a state of shape ``below``."""
+        return (self.kernel, self.kernel, below[-1], self.features)
+
+    def output_shape(self, below: Shape) -> Shape:
+        """Logical ``(H, W, C)`` of this layer's state; ``ValueError`` where it does not fit."""
+        if len(below) != 3:
+            raise ValueError(f"{self} needs an input of shape (H, W, C), but what is below it "
+                             f"has shape {below}")  # fmt: skip
+        shrink = self.kernel - 1 if self.padding == "VALID" else 0
+        height, width = below[0] - shrink, below[1] - shrink
+        if height < 1 or width < 1:
+            raise ValueError(f"{self}: the kernel is larger than its input of shape {below}")
+        if self.pool is None:
+            return (height, width, self.features)
+        if height % 2 or width % 2:
+            raise ValueError(
+                f"{self}: pool={self.pool!r} is 2x2 with stride 2 and does not divide the "
+                f"convolution's output of {height}x{width} (input shape {below}); expected even "
+                "sides: change kernel, padding or the input's shape"
+            )
+        return (height // 2, width // 2, self.features)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A fully connected layer on the flattened (HWC order) state below.
+
+    Attributes:
+        features: number of units.
+
+    Example:
+        >>> Dense(10).weight_shape((4, 4, 64))
+        (1024, 10)
+    """
+
+    features: int
+
+    def __post_init__(self) -> None:
+        check_integer("Dense.features", self.features, at_least=1)
+
+    def weight_shape(self, below: Shape) -> Shape:
+        """``[in, out]`` shape of the weights on a state of shape ``below``."""
+        return (math.prod(below), self.features)
+
+    def output_shape(self, below: Shape) -> Shape:
+        """Shape of this layer's state."""
+        del below
+        return (self.features,)
+
+
+Layer: TypeAlias = Conv | Dense
+
+
+class _Window(NamedTuple):
+    """How a convolution gathers its patches: the same three numbers on both spatial axes."""
+
+    size: int
+    stride: int
+    pad: tuple[int, int]  # zeros before and after, in the packed layout
+    blocked: bool  # the packed layout is space-to-depth
+
+
+def _folds(layer: Conv) -> bool:
+    return layer.fold and layer.pool == "avg"
+
+
+def _window(layer: Conv, below: Shape) -> _Window:
+    k = layer.kernel
+    before = (k - 1) // 2 if layer.padding == "SAME" else 0
+    after = k - 1 - before if layer.padding == "SAME" else 0
+    if not _folds(layer):
+        return _Window(k, 1, (before, after), False)
+    if before % 2 or below[0] % 2 or below[1] % 2:
+        # Blocks of two would straddle the windows: stride over the plain layout instead.
+        return _Window(k + 1, 2, (before, after), False)
+    return _Window(k // 2 + 1, 1, (before // 2, (after + 1) // 2), True)
+
+
+def pack(layer: Layer, below: Shape, state: jax.Array) -> jax.Array:
+    """The logical state ``below`` a layer in the layout in which the layer reads it."""
+    if isinstance(layer, Dense):
+        return state.reshape(-1)
+    if not _window(layer, below).blocked:
+        return state
+    h, w, c = below
+    return (
+        state.reshape(h // 2, 2, w // 2, 2, c).transpose(0, 2, 1, 3, 4).reshape(h // 2, w // 2, -1)
+    )
+
+
+def unpack(layer: Layer, below: Shape, packed: jax.Array) -> jax.Array:
+    """The inverse of `pack`."""
+    if isinstance(layer, Conv) and _window(layer, below).blocked:
+        h, w, c = below
+        packed = packed.reshape(h // 2, w // 2, 2, 2, c).transpose(0, 2, 1, 3, 4)
+    return packed.reshape(below)
+
+
+def kernel(layer: Layer, below: Shape, w: jax.Array) -> jax.Array:
+    """The matrix ``[patch, features]`` of a layer's linear map; linear in the weights ``w``."""
+    if isinstance(layer, Dense):
+        return w
+    if not _folds(layer):
+        return w.reshape(-1, layer.features)
+    # pool(conv(s, w)) = conv(s, box * w) with stride 2; box is the 2x2 average.
+    shifts = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in (0, 1) for j in (0, 1)]
+    folded = functools.reduce(jnp.add, [jnp.pad(w, shift) for shift in shifts]) / 4
+    window = _window(layer, below)
+    if window.blocked:
+        m, c = window.size, below[-1]
+        extra = 2 * m - folded.shape[0]
+        folded = jnp.pad(folded, ((0, extra), (0, extra), (0, 0), (0, 0)))
+        folded = folded.reshape(m, 2, m, 2, c, -1).transpose(0, 2, 1, 3, 4, 5)
+    return folded.reshape(-1, layer.features)
+
+
+def _convolve(packed: jax.Array, window: _Window, matrix: jax.Array) -> jax.Array:
+    """Windows of a packed state times `matrix`: ``[H', W', features]``.
+
+    One product for each row of the window, whose columns alone are gathered: that moves and keeps a
+    fraction of the bytes of all the patches, and its transpose is as cheap.
+    """
+    packed = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
+    size, stride = window.size, window.stride
+    height, width = ((n - size) // stride + 1 for n in packed.shape[:2])
+
+    def strided(a: jax.Array, start: int, count: int, axis: int) -> jax.Array:
+        return jax.lax.slice_in_dim(a, start, start + (count - 1) * stride + 1, stride, axis)
+
+    rows = jnp.concatenate([strided(packed, j, width, axis=1) for j in range(size)], axis=-1)
+    products = [
+        strided(rows, i, height, axis=0) @ part
+        for i, part in enumerate(matrix.reshape(size, -1, matrix.shape[-1]))
+    ]
+    return functools.reduce(jnp.add, products)
+
+
+def linear_drive(layer: Layer, below: Shape, matrix: jax.Array, packed: jax.Array) -> jax.Array:
+    """The bias-free drive ``B(s)`` in the layer's logical output shape.
+
+    Args:
+        layer: the layer.
+        below: logical shape of the state below it.
+        matrix: what `kernel` made of its weights.
+        packed: the state below, in the layout of `pack`.
+    """
+    if isinstance(layer, Dense):
+        return packed @ matrix
+    out = _convolve(packed, _window(layer, below), matrix)
+    if layer.pool is None or _folds(layer):
+        return out
+    h, w, c = out.shape
+    windows = out.reshape(h // 2, 2, w // 2, 2, c)
+    return windows.mean((1, 3)) if layer.pool == "avg" else windows.max((1, 3))

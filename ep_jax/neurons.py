@@ -1,0 +1,563 @@
+"""Neuron models: pure functions that turn what a layer receives into its next state and signal.
+
+A model is a frozen, hashable dataclass with the five methods of `Neuron`; anything that has them
+can be used, from any file, and the dynamics know nothing else about it. All of them relax an analog
+state ``s`` towards its equilibrium; they differ in what they tell their neighbours about it, the
+*signal*, which is what is sent through the weights:
+
+- `Rate`: the state itself.
+- `SigmaDelta`: spikes, decoded by a leaky trace (O'Connor, Gavves & Welling, AISTATS 2019; the
+  neuron of Lin, Bal & Sengupta, ICONS 2024).
+- `DeltaCode`: spikes that tell what the receivers do not know yet, at a resolution that a global
+  clock refines; silent and exact at rest.
+- `Bernoulli`: random spikes whose rate is the state.
+
+The damped step itself comes from the phase, as a function ``relax(s, current, epsilon)``: it knows
+input, bias, nudge and bounds, and whether ``s`` is a state or (in displacement coordinates) the
+displacement of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
+
+Relax: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array | float], jax.Array]
+
+
+class Clock(NamedTuple):
+    """Where a step stands. All but `step` and `unit` are static.
+
+    Attributes:
+        step: 0-based number of the sweep within its phase.
+        steps: number of sweeps of the phase.
+        before: number of sweeps of the phases before this one.
+        layer: 1-based number of the layer.
+        unit: size that a displacement of order one has in this layer and phase: 1 in the free phase
+            and in displacement coordinates, ``|beta| alpha^(L - l)`` in a nudged phase in absolute
+            coordinates.
+        fresh: whether neighbours that this layer listens to were updated in this very sweep.
+        nudged: whether this is a nudged phase.
+        displaced: whether ``s`` is a displacement, which may have either sign.
+    """
+
+    step: jax.Array
+    steps: int
+    before: int
+    layer: int
+    unit: jax.Array | float
+    fresh: bool
+    nudged: bool
+    displaced: bool
+
+
+@runtime_checkable
+class Neuron(Protocol):
+    """What the dynamics ask of a neuron model. A state is a pytree with the analog state as ``s``."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `step` needs a random key."""
+        ...
+
+    @property
+    def activation(self) -> str:
+        """Name of the hidden units' activation in `ACTIVATIONS`."""
+        ...
+
+    def start(self, s: jax.Array, current: jax.Array) -> Any:
+        """A state at `s` of which the neighbours are told: `current` is what all of them cause."""
+        ...
+
+    def step(
+        self, state: Any, current: jax.Array, relax: Relax, clock: Clock, key: jax.Array | None
+    ) -> tuple[Any, jax.Array | None]:
+        """One update: the next state and the spikes emitted (signed counts), or ``None``.
+
+        Args:
+            state: the layer's state.
+            current: the weighted signals of its neighbours, without input, bias and nudge.
+            relax: ``relax(s, current, epsilon)``, the damped step of the analog state.
+            clock: where this step stands.
+            key: a random key where the model is stochastic.
+        """
+        ...
+
+    def signal(self, state: Any) -> jax.Array:
+        """What goes through the weights."""
+        ...
+
+    def readout(self, state: Any) -> jax.Array:
+        """What the gradient and the answer are read from."""
+        ...
+
+
+class Activation(NamedTuple):
+    """A monotone activation ``sigma``.
+
+    Attributes:
+        apply: ``sigma(x)``.
+        difference: ``sigma(x + h) - sigma(x)`` without cancellation, exact for small ``h``.
+        projection: whether ``sigma`` is the projection on an interval; a damped step then projects
+            after damping, else it damps after ``sigma``.
+    """
+
+    apply: Callable[[jax.Array], jax.Array]
+    difference: Callable[[jax.Array, jax.Array], jax.Array]
+    projection: bool
+
+
+def _clip(x: jax.Array) -> jax.Array:
+    return jnp.clip(x, 0.0, 1.0)
+
+
+def _clip_difference(x: jax.Array, h: jax.Array) -> jax.Array:
+    s = _clip(x)  # x - s is exactly 0 inside the interval, so h is kept to its last bit there
+    return jnp.clip(h + (x - s), -s, 1.0 - s)
+
+
+def _tanh_difference(x: jax.Array, h: jax.Array) -> jax.Array:
+    return jnp.tanh(h) * (1.0 - jnp.tanh(x) * jnp.tanh(x + h))
+
+
+def _softplus_difference(x: jax.Array, h: jax.Array) -> jax.Array:
+    return jnp.log1p(jax.nn.sigmoid(x) * jnp.expm1(h))
+
+
+ACTIVATIONS = {
+    "hard_sigmoid": Activation(_clip, _clip_difference, projection=True),
+    "linear": Activation(lambda x: x, lambda x, h: h, projection=True),
+    "sigmoid": Activation(
+        jax.nn.sigmoid, lambda x, h: 0.5 * _tanh_difference(0.5 * x, 0.5 * h), projection=False
+    ),
+    "tanh": Activation(jnp.tanh, _tanh_difference, projection=False),
+    "softplus": Activation(jax.nn.softplus, _softplus_difference, projection=False),
+}
+"""Activations by name: ``hard_sigmoid`` is ``clip(x, 0, 1)``, ``sigmoid`` the logistic function."""
+
+
+def relax(
+    activation: Activation, s: jax.Array, drive: jax.Array, epsilon: jax.Array | float
+) -> jax.Array:
+    """One damped step of ``s`` towards ``sigma(drive)``; ``epsilon = 1`` goes all the way.
+
+    Projections (``hard_sigmoid``, ``linear``): ``sigma((1 - epsilon) s + epsilon drive)``, the
+    projected gradient step on the energy; smooth ones: ``(1 - epsilon) s + epsilon sigma(drive)``.
+    """
+    if activation.projection:
+        return activation.apply(s + epsilon * (drive - s))
+    return s + epsilon * (activation.apply(drive) - s)
+
+
+def relax_displacement(
+    activation: Activation,
+    base_drive: jax.Array,
+    d: jax.Array,
+    drive: jax.Array,
+    unit: jax.Array | float,
+    epsilon: jax.Array | float,
+) -> jax.Array:
+    """`relax` of ``s = s0 + unit * d`` written for ``d``, where ``s0 = sigma(base_drive)`` rests.
+
+    No small difference of large numbers is formed, so it is exact at any `unit`, in any precision.
+    For ``hard_sigmoid`` and ``epsilon = 1`` it is ``clip(drive + (base_drive - s0) / unit,
+    -s0 / unit, (1 - s0) / unit)``.
+
+    Args:
+        activation: the activation.
+        base_drive: what drove the unit to ``s0``.
+        d: the displacement, in units of `unit`.
+        drive: the displacement of the drive, in units of `unit`.
+        unit: ``beta alpha^(L - l)``, of either sign.
+        epsilon: the damping.
+    """
+    if activation.projection:
+        beyond = base_drive - activation.apply(base_drive)
+        h = unit * (d + epsilon * (drive - d)) - (1.0 - epsilon) * beyond
+        return activation.difference(base_drive, h) / unit
+    return d + epsilon * (activation.difference(base_drive, unit * drive) / unit - d)
+
+
+def _power_law(value: float, power: float, floor: float, t: jax.Array) -> jax.Array | float:
+    """``max(value / t^power, floor)`` for ``t = 1., 2., ...``; constant where ``power`` is 0."""
+    if power == 0.0:
+        return max(value, floor)
+    return jnp.maximum(value * t**-power, floor)
+
+
+def _running_mean(mean: jax.Array, s: jax.Array, clock: Clock, window: int) -> jax.Array:
+    """The mean of ``s`` over the sweeps of the phase's last `window` that are over; else ``s``."""
+    over = clock.step - (clock.steps - min(window, clock.steps))
+    return jnp.where(over > 0, mean + (s - mean) / (over.astype(s.dtype) + 1), s)
+
+
+class RateState(NamedTuple):
+    """State of a `Rate` layer: the activity ``s``."""
+
+    s: jax.Array
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Rate neurons: the signal is the state (Ernoult et al., NeurIPS 2019).
+
+    ``s <- clip((1 - eps_t) s + eps_t (I(s) + b - beta dC/ds), 0, 1)``, ``eps_t = epsilon / t^power``.
+
+    Attributes:
+        epsilon: step size in (0, 1]; at 1 the relaxation is a plain fixed-point iteration.
+        activation: ``"hard_sigmoid"``, ``"sigmoid"`` (logistic), ``"tanh"``, ``"softplus"`` or
+            ``"linear"``.
+        epsilon_power: exponent of the decay of the step size; 0 keeps it constant.
+
+    Example:
+        >>> Rate(activation="tanh").epsilon
+        1.0
+    """
+
+    epsilon: float = 1.0
+    activation: str = "hard_sigmoid"
+    epsilon_power: float = 0.0
+    stochastic = False
+
+    def __post_init__(self) -> None:
+        check_number("Rate.epsilon", self.epsilon, above=0.0, at_most=1.0)
+        check_choice("Rate.activation", self.activation, ACTIVATIONS)
+        check_non_negative("Rate.epsilon_power", self.epsilon_power)
+
+    def start(self, s: jax.Array, current: jax.Array) -> RateState:
+        """See `Neuron`."""
+        del current
+        return RateState(s)
+
+    def step(
+        self,
+        state: RateState,
+        current: jax.Array,
+        relax: Relax,
+        clock: Clock,
+        key: jax.Array | None,
+    ) -> tuple[RateState, None]:
+        """See `Neuron`."""
+        del key
+        epsilon = _power_law(
+            self.epsilon, self.epsilon_power, 0.0, clock.step.astype(state.s.dtype) + 1
+        )
+        return RateState(relax(state.s, current, epsilon)), None
+
+    def signal(self, state: RateState) -> jax.Array:
+        """See `Neuron`."""
+        return state.s
+
+    def readout(self, state: RateState) -> jax.Array:
+        """See `Neuron`."""
+        return state.s
+
+
+class SigmaDeltaState(NamedTuple):
+    """State of a `SigmaDelta` layer.
+
+    Attributes:
+        s: analog state.
+        error: what the quantiser has not sent yet, ``phi`` in [-1/2, 1/2].
+        spikes: the last spikes, ``q``.
+        trace: the decoded current, ``u``.
+        mean: running average of ``s`` over the last steps of the phase.
+    """
+
+    s: jax.Array
+    error: jax.Array
+    spikes: jax.Array
+    trace: jax.Array
+    mean: jax.Array
+
+
+@dataclass(frozen=True)
+class SigmaDelta:
+    """Sigma-delta neurons with predictive coding, the paper's model (open loop).
+
+    Sources: O'Connor, Gavves & Welling, *Training a Spiking Neural Network with Equilibrium
+    Propagation* (AISTATS 2019); Lin, Bal & Sengupta (ICONS 2024). Per step, with spikes ``q`` of the
+    neighbours::
+
+        u = (1 - lam) u + lam I(q)                          decoder, on the weighted sum of spikes
+        s' = clip((1 - eps) s + eps (u + b + nudge), 0, 1)
+        a = (s' - (1 - lam) s) / lam                        predictive encoder, inverse of the decoder
+        q = 1[phi + a > 1/2],  phi = phi + a - q            sigma-delta quantiser
+
+    The decoded signal differs from ``s`` by at most about ``lam``. The read-out is the average of
+    ``s`` over the last `average` steps. ``lam_t = max(lam / t^lam_power, lam_floor)`` with ``t``
+    counted from 1, on through the nudged phase; a power of 0 keeps it constant. Encoder and decoder
+    use the ``lam_t`` of the sweep in which a spike was sent (in an ordered sweep with a decaying
+    schedule, where a layer hears new spikes from one side and old ones from the other, of the new).
+
+    In displacement coordinates, where values have either sign, the quantiser is a signed one with
+    steps of `nudged_quantum`.
+
+    Attributes:
+        epsilon: step size of the free phase in (0, 1].
+        epsilon_power: exponent of its decay.
+        epsilon_floor: its lower bound.
+        lam: leak of encoder and decoder in (0, 1].
+        lam_power: exponent of its decay.
+        lam_floor: its lower bound, which sets the noise floor.
+        nudged_epsilon: step size of the nudged phase.
+        nudged_quantum: quantum of the signed code in displacement coordinates.
+        average: number of last steps the read-out averages.
+
+    Example:
+        >>> SigmaDelta(lam=0.275, lam_power=0.0, epsilon=0.1, epsilon_power=0.0).lam
+        0.275
+    """
+
+    epsilon: float = 1.0
+    epsilon_power: float = 0.2
+    epsilon_floor: float = 0.6
+    lam: float = 0.9
+    lam_power: float = 0.9
+    lam_floor: float = 0.1
+    nudged_epsilon: float = 1.0
+    nudged_quantum: float = 0.1
+    average: int = 12
+    activation = "hard_sigmoid"
+    stochastic = False
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "lam", "nudged_epsilon"):
+            check_number(f"SigmaDelta.{name}", getattr(self, name), above=0.0, at_most=1.0)
+        for name in ("epsilon_power", "lam_power"):
+            check_non_negative(f"SigmaDelta.{name}", getattr(self, name))
+        for name in ("epsilon_floor", "lam_floor"):
+            check_non_negative(f"SigmaDelta.{name}", getattr(self, name), at_most=1.0)
+        check_number("SigmaDelta.nudged_quantum", self.nudged_quantum, above=0.0)
+        check_integer("SigmaDelta.average", self.average, at_least=1)
+
+    def leak(self, t: jax.Array) -> jax.Array | float:
+        """``lam_t`` of the sweep number `t`, counted from 1 at the start of the free phase."""
+        return _power_law(self.lam, self.lam_power, self.lam_floor, t)
+
+    def start(self, s: jax.Array, current: jax.Array) -> SigmaDeltaState:
+        """See `Neuron`."""
+        nothing = jnp.zeros_like(s)
+        return SigmaDeltaState(s, nothing, nothing, current, s)
+
+    def step(
+        self,
+        state: SigmaDeltaState,
+        current: jax.Array,
+        relax: Relax,
+        clock: Clock,
+        key: jax.Array | None,
+    ) -> tuple[SigmaDeltaState, jax.Array]:
+        """See `Neuron`."""
+        del key
+        now = (clock.before + clock.step).astype(state.s.dtype) + 1
+        sent = self.leak(now)
+        heard = sent if clock.fresh else self.leak(jnp.maximum(now - 1, 1.0))
+        trace = state.trace + heard * (current - state.trace)
+        if clock.nudged:
+            epsilon: jax.Array | float = self.nudged_epsilon
+        else:
+            epsilon = _power_law(self.epsilon, self.epsilon_power, self.epsilon_floor, now)
+        s = relax(state.s, trace, epsilon)
+        value = state.error + (s - (1.0 - sent) * state.s) / sent
+        quantum = self.nudged_quantum if clock.displaced else 1.0
+        count = jnp.round(value / quantum) if clock.displaced else _binary(value)
+        error = jnp.clip(value - quantum * count, -0.5 * quantum, 0.5 * quantum)
+        mean = _running_mean(state.mean, s, clock, self.average)
+        return SigmaDeltaState(s, error, quantum * count, trace, mean), count
+
+    def signal(self, state: SigmaDeltaState) -> jax.Array:
+        """See `Neuron`."""
+        return state.spikes
+
+    def readout(self, state: SigmaDeltaState) -> jax.Array:
+        """See `Neuron`."""
+        return state.mean
+
+
+class DeltaCodeState(NamedTuple):
+    """State of a `DeltaCode` layer: the analog state ``s`` and ``known``, what receivers know of it."""
+
+    s: jax.Array
+    known: jax.Array
+
+
+@dataclass(frozen=True)
+class DeltaCode:
+    """Closed-loop delta code with a decaying quantum.
+
+    A neuron keeps what its receivers know of it, ``r``, and spikes for what they do not, at a
+    resolution ``delta_t`` that a global clock refines::
+
+        s' = clip(I(r) + b + nudge, 0, 1)
+        q = Q((s' - (1 - l_t) r) / delta_t),   r' = (1 - l_t) r + delta_t q
+
+    Receivers hold ``I(r)``, to which a spike adds its weight times ``delta_t``. Without leak
+    (``l_t = 0``) ``Q = clip(round(.), -1, 1)`` is a ternary code. With leak (``l_t = delta_t``)
+    ``Q = 1[. > 1/2]`` is a binary sigma-delta code with a closed loop. At rest nobody spikes: the
+    network settles at a fixed point, and the error falls as ``decay^t``.
+
+    The quantum is ``quantum * decay^max(0, t - lag * layer)`` in the free phase: deeper layers refine
+    later, since they move later. In the nudged phase it is ``nudged_quantum * nudged_decay^t`` in
+    displacement coordinates, and that times ``|beta| alpha^(L - l)`` in absolute ones. A displacement
+    may have either sign, so its code is signed, with leak as well.
+
+    Attributes:
+        quantum: first quantum of the free phase.
+        decay: its factor a step.
+        lag: steps by which each layer starts to refine after the one below.
+        nudged_quantum: first quantum of the nudged phase, in units of the displacement.
+        nudged_decay: its factor a step.
+        leak: whether ``r`` leaks (binary code) or not (ternary code).
+
+    Example:
+        >>> DeltaCode(decay=0.8, leak=True).quantum
+        0.7
+    """
+
+    quantum: float = 0.7
+    decay: float = 0.6
+    lag: float = 1.0
+    nudged_quantum: float = 0.5
+    nudged_decay: float = 0.5
+    leak: bool = False
+    activation = "hard_sigmoid"
+    stochastic = False
+
+    def __post_init__(self) -> None:
+        for name in ("quantum", "nudged_quantum"):
+            check_number(f"DeltaCode.{name}", getattr(self, name), above=0.0)
+        for name in ("decay", "nudged_decay"):
+            check_number(f"DeltaCode.{name}", getattr(self, name), above=0.0, at_most=1.0)
+        check_non_negative("DeltaCode.lag", self.lag)
+        check_choice("DeltaCode.leak", self.leak, (True, False))
+
+    def resolution(self, clock: Clock, dtype: jnp.dtype) -> jax.Array:
+        """The quantum ``delta_t`` of a step."""
+        t = clock.step.astype(dtype)
+        if clock.nudged:
+            return clock.unit * self.nudged_quantum * self.nudged_decay**t
+        return self.quantum * self.decay ** jnp.maximum(t - self.lag * (clock.layer - 1), 0.0)
+
+    def start(self, s: jax.Array, current: jax.Array) -> DeltaCodeState:
+        """See `Neuron`."""
+        del current
+        return DeltaCodeState(s, s)
+
+    def step(
+        self,
+        state: DeltaCodeState,
+        current: jax.Array,
+        relax: Relax,
+        clock: Clock,
+        key: jax.Array | None,
+    ) -> tuple[DeltaCodeState, jax.Array]:
+        """See `Neuron`."""
+        del key
+        s = relax(state.s, current, 1.0)
+        delta = self.resolution(clock, s.dtype)
+        kept = (1.0 - delta) * state.known if self.leak else state.known
+        value = (s - kept) / delta
+        binary = self.leak and not clock.displaced
+        count = _binary(value) if binary else jnp.clip(jnp.round(value), -1.0, 1.0)
+        return DeltaCodeState(s, kept + delta * count), count
+
+    def signal(self, state: DeltaCodeState) -> jax.Array:
+        """See `Neuron`."""
+        return state.known
+
+    def readout(self, state: DeltaCodeState) -> jax.Array:
+        """See `Neuron`."""
+        return state.s
+
+
+def _binary(value: jax.Array) -> jax.Array:
+    """``1[value > 1/2]``."""
+    return (value > 0.5).astype(value.dtype)
+
+
+class BernoulliState(NamedTuple):
+    """State of a `Bernoulli` layer: analog state ``s``, last spikes, running average of ``s``."""
+
+    s: jax.Array
+    spikes: jax.Array
+    mean: jax.Array
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Stochastic neurons: a unit of state ``s`` spikes with probability ``s`` at every step.
+
+    ``s' = clip((1 - eps_t) s + eps_t (I(q) + b + nudge), 0, 1)``, ``q ~ Bernoulli(s')``, with
+    ``eps_t = max(epsilon / t^epsilon_power, epsilon_floor)`` counted on through the nudged phase, so
+    that the noise averages out. The phases at plus and minus beta draw the same random numbers. As in
+    stochastic EP (arXiv:2511.11320). In displacement coordinates, where values have either sign, the
+    spikes are the state rounded at random to a multiple of `nudged_quantum`.
+
+    Attributes:
+        epsilon: first step size in (0, 1].
+        epsilon_power: exponent of its decay.
+        epsilon_floor: its lower bound.
+        nudged_quantum: quantum of the signed code in displacement coordinates.
+        average: number of last steps the read-out averages.
+
+    Example:
+        >>> Bernoulli().stochastic
+        True
+    """
+
+    epsilon: float = 1.0
+    epsilon_power: float = 0.7
+    epsilon_floor: float = 0.02
+    nudged_quantum: float = 0.1
+    average: int = 20
+    activation = "hard_sigmoid"
+    stochastic = True
+
+    def __post_init__(self) -> None:
+        check_number("Bernoulli.epsilon", self.epsilon, above=0.0, at_most=1.0)
+        check_non_negative("Bernoulli.epsilon_power", self.epsilon_power)
+        check_non_negative("Bernoulli.epsilon_floor", self.epsilon_floor, at_most=1.0)
+        check_number("Bernoulli.nudged_quantum", self.nudged_quantum, above=0.0)
+        check_integer("Bernoulli.average", self.average, at_least=1)
+
+    def start(self, s: jax.Array, current: jax.Array) -> BernoulliState:
+        """See `Neuron`."""
+        del current
+        return BernoulliState(s, s, s)
+
+    def step(
+        self,
+        state: BernoulliState,
+        current: jax.Array,
+        relax: Relax,
+        clock: Clock,
+        key: jax.Array | None,
+    ) -> tuple[BernoulliState, jax.Array]:
+        """See `Neuron`."""
+        if key is None:
+            raise ValueError("key is None; expected a random key for Bernoulli neurons")
+        now = (clock.before + clock.step).astype(state.s.dtype) + 1
+        s = relax(
+            state.s, current, _power_law(self.epsilon, self.epsilon_power, self.epsilon_floor, now)
+        )
+        quantum = self.nudged_quantum if clock.displaced else 1.0
+        dice = jax.random.uniform(key, s.shape, s.dtype)
+        count = jnp.floor(s / quantum + dice)
+        count = count if clock.displaced else jnp.clip(count, 0.0, 1.0)
+        mean = _running_mean(state.mean, s, clock, self.average)
+        return BernoulliState(s, quantum * count, mean), count
+
+    def signal(self, state: BernoulliState) -> jax.Array:
+        """See `Neuron`."""
+        return state.spikes
+
+    def readout(self, state: BernoulliState) -> jax.Array:
+        """See `Neuron`."""
+        return state.mean

@@ -1,0 +1,290 @@
+"""Training: optimiser, augmentation, several steps a dispatch, evaluation. Pure functions.
+
+Data lie on the device as uint8; a dispatch gets the indices of its batches and scans over them, so
+nothing but indices and metrics crosses the boundary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ep_jax import network
+from ep_jax.checks import check_integer, check_non_negative, check_number
+from ep_jax.costs import read_out
+from ep_jax.data import to_float
+from ep_jax.dynamics import PhaseInfo, Phases, check_phases, settle_free
+from ep_jax.gradients.equilibrium import ep_gradient
+from ep_jax.network import NetworkSpec, Params
+
+Gradient: TypeAlias = Callable[..., tuple[Params, Any]]
+"""Any of the library's gradients: ``(params, spec, xs, ys, phases, key) -> (grads, info)``."""
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step.
+
+    Attributes:
+        params: parameters.
+        opt_state: state of the optimiser.
+        step: number of optimisation steps done, int32.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """What one optimisation step (or, averaged, several) tells about itself.
+
+    Attributes:
+        loss: mean cost of the batch.
+        error: share of wrong answers in the batch, in per cent.
+        gradient_norm: tuple over layers of the gradients' norms.
+        free: mean `PhaseInfo` of the free phases.
+        nudged: mean `PhaseInfo` of the nudged phases.
+    """
+
+    loss: jax.Array
+    error: jax.Array
+    gradient_norm: tuple[jax.Array, ...]
+    free: PhaseInfo
+    nudged: PhaseInfo
+
+
+def make_optimizer(
+    learning_rate: float,
+    steps: int,
+    *,
+    layer_rates: Sequence[float],
+    weight_decay: float = 0.0,
+    warmup: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW with a learning rate per layer and a cosine schedule over `steps` that ends at 0.
+
+    Args:
+        learning_rate: peak learning rate.
+        steps: number of optimisation steps of the whole training.
+        layer_rates: factor on the learning rate for each layer, from the lowest up.
+        weight_decay: decoupled weight decay, on weights and not on biases.
+        warmup: share of the steps during which the rate rises linearly from 0.
+
+    Example:
+        >>> optimizer = make_optimizer(1e-3, 100, layer_rates=(1.0, 0.5))
+    """
+    check_number("learning_rate", learning_rate, above=0.0)
+    check_integer("steps", steps, at_least=1)
+    check_non_negative("weight_decay", weight_decay)
+    check_non_negative("warmup", warmup, at_most=1.0)
+    for rate in layer_rates:
+        check_non_negative("layer_rates", rate)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else learning_rate,
+        peak_value=learning_rate,
+        warmup_steps=round(warmup * steps),
+        decay_steps=steps,
+    )
+
+    def is_weight(params: Params) -> Any:
+        return tuple({"w": True, "b": False} for _ in params)
+
+    def scale_layers(updates: Params, _: Params | None) -> Params:
+        scaled = [
+            jax.tree.map(lambda u, rate=rate: rate * u, layer)
+            for rate, layer in zip(layer_rates, updates, strict=True)
+        ]
+        return tuple(scaled)
+
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(weight_decay, mask=is_weight),
+        optax.stateless(scale_layers),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def init_train_state(
+    key: jax.Array, spec: NetworkSpec, optimizer: optax.GradientTransformation, gain: float = 1.0
+) -> TrainState:
+    """A fresh training state."""
+    params = network.init_params(key, spec, gain)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def augment(key: jax.Array, images: jax.Array, shift: int, flip: bool) -> jax.Array:
+    """Shift each image by up to `shift` pixels in both directions and mirror it at random.
+
+    Args:
+        key: random key.
+        images: ``[B, H, W, C]``; what moves in from outside is 0.
+        shift: largest shift in pixels; 0 leaves the images in place.
+        flip: mirror half of the images left to right.
+
+    Example:
+        >>> augment(jax.random.key(0), jnp.ones((2, 8, 8, 1)), shift=2, flip=True).shape
+        (2, 8, 8, 1)
+    """
+    shift_key, flip_key = jax.random.split(key)
+    batch, *shape = images.shape
+    if shift:
+        padded = jnp.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
+        corners = jax.random.randint(shift_key, (batch, 2), 0, 2 * shift + 1)
+        images = jax.vmap(lambda image, c: jax.lax.dynamic_slice(image, (c[0], c[1], 0), shape))(
+            padded, corners
+        )
+    if flip:
+        mirrored = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    return images
+
+
+def make_train_steps(
+    spec: NetworkSpec,
+    phases: Phases,
+    optimizer: optax.GradientTransformation,
+    *,
+    shift: int = 0,
+    flip: bool = False,
+    gradient: Gradient = ep_gradient,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The function that runs several optimisation steps in one dispatch.
+
+    Args:
+        spec: the network.
+        phases: how its gradient is estimated.
+        optimizer: an optax optimiser.
+        shift: see `augment`.
+        flip: see `augment`.
+        gradient: the gradient estimator.
+
+    Returns:
+        A jitted function ``(state, images, labels, batches, key) -> (state, metrics)``: uint8 images
+        ``[N, ...]`` and labels ``[N]`` on the device, indices ``[steps, B]`` of the batches, the
+        training's random key; metrics are stacked over steps. It may overwrite the old `state`.
+    """
+
+    def train_step(
+        state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        augment_key, phase_key = jax.random.split(jax.random.fold_in(key, state.step))
+        xs = to_float(images)
+        if shift or flip:
+            xs = augment(augment_key, xs, shift, flip)
+        grads, info = gradient(state.params, spec, xs, labels, phases, phase_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(
+            loss=info.cost,
+            error=100.0 * jnp.mean(info.output.argmax(-1) != labels),
+            gradient_norm=tuple(optax.global_norm(layer) for layer in grads),
+            free=info.free,
+            nudged=info.nudged,
+        )
+        return TrainState(params, opt_state, state.step + 1), metrics  # type: ignore[arg-type]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_steps(
+        state: TrainState, images: jax.Array, labels: jax.Array, batches: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        return jax.lax.scan(
+            lambda state, batch: train_step(state, images[batch], labels[batch], key),
+            state,
+            batches,
+        )
+
+    return train_steps
+
+
+def epoch_batches(
+    rng: np.random.Generator, examples: int, batch: int, steps_per_dispatch: int
+) -> np.ndarray:
+    """A shuffled epoch as indices ``[dispatches, steps, batch]``, every example at least once.
+
+    All dispatches have the same number of steps, so that one compiled function serves them; what is
+    missing to fill the last one is taken from the start of the same shuffle.
+
+    Example:
+        >>> epoch_batches(np.random.default_rng(0), 10, 2, 3).shape
+        (2, 3, 2)
+    """
+    check_integer("batch", batch, at_least=1)
+    check_integer("steps_per_dispatch", steps_per_dispatch, at_least=1)
+    steps = -(-examples // batch)
+    dispatches = -(-steps // steps_per_dispatch)
+    shape = (dispatches, -(-steps // dispatches), batch)
+    return np.resize(rng.permutation(examples), shape).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "phases", "batch"))
+def _answers(
+    params: Params,
+    images: jax.Array,
+    key: jax.Array,
+    *,
+    spec: NetworkSpec,
+    phases: Phases,
+    batch: int,
+) -> tuple[jax.Array, PhaseInfo]:
+    links = network.link(params, spec)
+
+    def one(image: jax.Array, key: jax.Array) -> tuple[jax.Array, PhaseInfo]:
+        drive = network.input_drive(spec, links, to_float(image))
+        state, info = settle_free(
+            spec, links, drive, phases, key if spec.neuron.stochastic else None
+        )
+        return read_out(links, state[-1]), info
+
+    keys = jax.random.split(key, len(images))
+    return jax.lax.map(lambda args: one(*args), (images, keys), batch_size=batch)
+
+
+def predict(
+    params: Params,
+    spec: NetworkSpec,
+    phases: Phases,
+    images: np.ndarray | jax.Array,
+    key: jax.Array | None = None,
+    batch: int = 250,
+) -> tuple[np.ndarray, PhaseInfo]:
+    """The answers of the network to uint8 images: argmax after ``phases.free`` sweeps.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        phases: how long and in which sweeps it settles.
+        images: uint8 ``[N, *spec.input_shape]``.
+        key: random key for stochastic neurons; a fixed one by default.
+        batch: images in flight at once.
+
+    Returns:
+        Predicted labels ``[N]`` and the mean `PhaseInfo`.
+    """
+    network.check_params(spec, params)
+    if images.dtype != np.uint8 or tuple(images.shape[1:]) != spec.input_shape or not len(images):
+        raise ValueError(
+            f"images has dtype {images.dtype} and shape {tuple(images.shape)}; expected uint8 of "
+            f"shape (N, {', '.join(map(str, spec.input_shape))}) with N of at least 1"
+        )
+    key = jax.random.key(0) if key is None else key
+    check_phases(spec, phases, key)
+    outputs, info = _answers(
+        params,
+        jnp.asarray(images),
+        key,
+        spec=spec,
+        phases=phases,
+        batch=min(batch, len(images)),
+    )
+    return np.asarray(outputs.argmax(-1)), jax.tree.map(jnp.mean, info)
+
+
+def error_rate(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Share of wrong predictions, in per cent."""
+    return 100.0 * float(np.mean(predictions != labels))

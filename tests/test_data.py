@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import gzip
+import os
+import sys
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ep_jax import data
+from ep_jax.data import DATASETS, Dataset, load, to_float
+
+TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+REAL_DATA = os.environ.get("TFDS_DATA_DIR")
+
+# CRC-32 of the bytes after the headers of the four published IDX files, in the order above.
+OFFICIAL = {
+    "mnist": (4083391318, 3121080559, 3838467927, 4001760473),
+    "fashion_mnist": (2925911245, 785835114, 309494841, 606848831),
+}
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the data or the cache of the machine, unless it asks for it."""
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EP_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def idx(array: np.ndarray) -> bytes:
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes((0, 0, 8, array.ndim)) + sizes + array.astype(np.uint8).tobytes()
+
+
+def write(folder: Path, *, train: int = 60, test: int = 20, first: int = 0) -> Path:
+    """Writes a small dataset in which each image tells its own number in its first two pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for images, labels, count in (
+        (TRAIN_IMAGES, TRAIN_LABELS, train),
+        (TEST_IMAGES, TEST_LABELS, test),
+    ):
+        number = np.arange(first, first + count)
+        pixels = np.zeros((count, 2, 3))
+        pixels[:, 0, 0], pixels[:, 0, 1] = number // 256, number % 256
+        (folder / images).write_bytes(idx(pixels))
+        (folder / labels).write_bytes(idx(number % 7))
+    return folder
+
+
+def numbers(images: np.ndarray) -> np.ndarray:
+    return images[:, 0, :2, 0] @ np.array([256, 1])
+
+
+def assert_same(a: Dataset, b: Dataset) -> None:
+    for field, left, right in zip(a._fields, a, b, strict=True):
+        np.testing.assert_array_equal(left, right, err_msg=field, strict=True)
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("the files were decoded again")
+
+
+# Reading
+
+
+def test_reads_idx_files_byte_by_byte(tmp_path: Path) -> None:
+    # Height and width differ, and a size above 255 tells the byte order.
+    pixels = bytes(range(256)) * 6
+    image_bytes = b"\0\0\x08\x03" + b"\0\0\x01\0" + b"\0\0\0\x02" + b"\0\0\0\x03" + pixels
+    label_bytes = b"\0\0\x08\x01" + b"\0\0\x01\0" + bytes(i % 10 for i in range(256))
+    for file, content in (
+        (TRAIN_IMAGES, image_bytes),
+        (TRAIN_LABELS, label_bytes),
+        (TEST_IMAGES, image_bytes),
+        (TEST_LABELS, label_bytes),
+    ):
+        (tmp_path / file).write_bytes(content)
+    dataset = load("mnist", data_dir=tmp_path, validation=0)
+    assert dataset.name == "mnist"
+    assert dataset.classes == 10
+    assert dataset.train_images.shape == (256, 2, 3, 1)
+    assert dataset.validation_images.shape == (0, 2, 3, 1)
+    assert dataset.test_images[1].tolist() == [[[6], [7], [8]], [[9], [10], [11]]]
+    assert dataset.train_images.tobytes() == pixels
+    assert dataset.test_labels.tolist() == [i % 10 for i in range(256)]
+    assert dataset.train_images.dtype == dataset.test_images.dtype == np.uint8
+    assert dataset.train_labels.dtype == dataset.test_labels.dtype == np.int32
+
+
+def test_every_form_and_place_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = write(tmp_path / "plain")
+    write(tmp_path / "parent" / "mnist")
+    zipped = write(tmp_path / "zipped")
+    for file in list(zipped.iterdir()):
+        (zipped / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    # Mixed up with another dataset's files, the subfolder's name decides.
+    write(tmp_path / "parent", first=1)
+
+    expected = load("mnist", data_dir=plain, validation=10)
+    assert_same(load("mnist", data_dir=str(zipped), validation=10), expected)
+    assert_same(load("mnist", data_dir=tmp_path / "parent", validation=10), expected)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "parent"))
+    assert_same(load("mnist", validation=10), expected)
+    # A folder that the caller names is never silently replaced by another one.
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError):
+        load("mnist", data_dir=tmp_path / "empty", validation=10)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "parent").rename(tmp_path / "home" / "tensorflow_datasets")
+    assert_same(load("mnist", validation=10), expected)
+
+
+IMAGES = idx(np.zeros((60, 2, 3)))
+ZIPPED = gzip.compress(idx(np.zeros(60)), mtime=0)
+DAMAGE = {
+    "empty": (TRAIN_IMAGES, b"", "0 bytes", "00 00 08 03"),
+    "half a header": (TRAIN_IMAGES, IMAGES[:12], "12 bytes", "header of 16 bytes"),
+    "magic": (TRAIN_IMAGES, b"\1" + IMAGES[1:], "01 00 08 03", "00 00 08 03"),
+    "type": (TRAIN_IMAGES, b"\0\0\x0d" + IMAGES[3:], "00 00 0d 03", "unsigned bytes"),
+    "dimensions": (TRAIN_IMAGES, idx(np.zeros((60, 6))), "00 00 08 02", "00 00 08 03"),
+    "too short": (TRAIN_IMAGES, IMAGES[:-1], "359 bytes", "360 .*60, 2, 3"),
+    "too long": (TRAIN_IMAGES, IMAGES + b"\0", "361 bytes", "360 .*60, 2, 3"),
+    "count": (TEST_LABELS, idx(np.zeros(19)), "19 labels", f"20, .*{TEST_IMAGES}"),
+    "label": (TRAIN_LABELS, idx(np.full(60, 10)), "label 10", r"0 \.\. 9"),
+    "gzip cut off": (f"{TRAIN_LABELS}.gz", ZIPPED[:-9], "damage", "gzip"),
+    "gzip body": (f"{TRAIN_LABELS}.gz", ZIPPED[:10] + b"\xff" * 20, "damage", "gzip"),
+    "no gzip": (f"{TRAIN_LABELS}.gz", b"something else", "damage", "gzip"),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "found", "expected"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_named(
+    tmp_path: Path, file: str, content: bytes, found: str, expected: str
+) -> None:
+    write(tmp_path)
+    (tmp_path / file.removesuffix(".gz")).unlink()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file}: found .*{found}.*; expected .*{expected}"):
+        load("mnist", data_dir=tmp_path, validation=10)
+
+
+def test_missing_data_tells_both_ways_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
+    (write(tmp_path / "elsewhere") / TEST_LABELS).unlink()  # three of four are not enough
+    with pytest.raises(FileNotFoundError) as error:
+        load("fashion_mnist")
+    message = str(error.value)
+    for part in (
+        str(tmp_path / "elsewhere"),
+        str(tmp_path / "home" / "tensorflow_datasets"),
+        "pip install 'ep_jax[prepare]'",
+        "tfds.builder('fashion_mnist', file_format='array_record').download_and_prepare()",
+        "TFDS_DATA_DIR",
+        "data_dir",
+        *(TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS),
+        "'digits' needs no download",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize("validation", [-1, 60, 10.0, "10", True])
+def test_a_wrong_validation_size_is_named(tmp_path: Path, validation: Any) -> None:
+    with pytest.raises(ValueError, match=f"validation is {validation!r}; expected .*less than 60"):
+        load("mnist", data_dir=write(tmp_path), validation=validation)
+
+
+def test_an_unknown_name_is_named() -> None:
+    with pytest.raises(ValueError, match="name is 'cifar'; expected one of") as error:
+        load("cifar")
+    assert all(name in str(error.value) for name in DATASETS)
+
+
+# Splits
+
+
+def test_validation_is_disjoint_stratified_and_fixed(tmp_path: Path) -> None:
+    write(tmp_path, train=1000, test=300)
+    dataset = load("mnist", data_dir=tmp_path, validation=200)
+    train, held = numbers(dataset.train_images), numbers(dataset.validation_images)
+    assert len(held) == 200
+    assert sorted([*train, *held]) == list(range(1000))
+    assert np.all(np.diff(train) > 0)
+    assert numbers(dataset.test_images).tolist() == list(range(300))
+    # Labels go with their images, and each class has its share: 1000/7 of 1000, so 200/7 of 200.
+    assert np.array_equal(dataset.train_labels, train % 7)
+    assert np.array_equal(dataset.validation_labels, held % 7)
+    assert set(np.bincount(dataset.validation_labels)) == {28, 29}
+    # It is random: not each class's first images.
+    assert 400 < held.mean() < 600
+    assert_same(load("mnist", data_dir=tmp_path, validation=200), dataset)
+    smaller = load("mnist", data_dir=tmp_path, validation=100)
+    assert set(numbers(smaller.validation_images)) < set(held)
+
+
+def test_digits() -> None:
+    digits = load("digits")
+    assert digits.train_images.shape == (998, 8, 8, 1)
+    assert digits.validation_images.shape == (200, 8, 8, 1)
+    assert digits.test_images.shape == (599, 8, 8, 1)
+    # 17 grey levels from 0 to 255; no image is lost, and the test set keeps for every validation.
+    assert np.unique(digits.train_images).tolist() == [round(i * 255 / 16) for i in range(17)]
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.concatenate(digits[2::2]).reshape(1797, 64)
+    loaded = np.column_stack([np.round(images / 255 * 16), np.concatenate(digits[3::2])])
+    assert sorted(loaded.tolist()) == sorted(np.column_stack([pixels, labels]).tolist())
+    assert np.abs(np.bincount(digits.test_labels) - np.bincount(labels) / 3).max() < 1
+    assert np.array_equal(load("digits", validation=0).test_images, digits.test_images)
+    # Published results depend on this very split.
+    assert zlib.crc32(digits.validation_images.tobytes()) == 638276072
+    assert zlib.crc32(digits.test_images.tobytes()) == 3014385578
+
+
+# Cache
+
+
+def test_the_second_load_comes_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "data")
+    first = load("mnist", data_dir=folder, cache_dir=tmp_path / "here", validation=10)
+    assert [file.suffix for file in (tmp_path / "here").iterdir()] == [".npz"]
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(data, "_read_idx", refuse)
+    assert_same(load("mnist", data_dir=folder, cache_dir=tmp_path / "here", validation=10), first)
+
+
+def test_changed_data_is_read_again(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    before = load("mnist", data_dir=folder, validation=0)
+    times = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    write(folder, first=100)  # of the same size
+    for file, time in times.items():
+        os.utime(file, ns=(time, time + 10**9))
+    after = load("mnist", data_dir=folder, validation=0)
+    assert numbers(after.train_images).tolist() == list(range(100, 160))
+    # Another folder with files of the same size and age is other data too.
+    other = write(tmp_path / "other", first=200)
+    for file, time in times.items():
+        os.utime(other / file.name, ns=(time, time))
+    assert numbers(load("mnist", data_dir=other, validation=0).train_images)[0] == 200
+    assert numbers(before.train_images)[0] == 0
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "incomplete", "pickled"])
+def test_a_damaged_cache_is_rebuilt_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    folder = write(tmp_path / "data")
+    first = load("mnist", data_dir=folder, validation=10)
+    [cache] = (tmp_path / "cache").iterdir()
+    content = bytearray(cache.read_bytes())
+    if damage == "incomplete":
+        np.savez(cache, train_images=first.train_images)
+    elif damage == "pickled":
+        objects: dict[str, Any] = dict.fromkeys(data._Given._fields, np.array([None]))
+        np.savez(cache, **objects)
+    else:
+        content[200] ^= 1
+        cache.write_bytes({"empty": b"", "truncated": content[:-40], "flipped": content}[damage])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(load("mnist", data_dir=folder, validation=10), first)
+        monkeypatch.setattr(data, "_read_idx", refuse)
+        assert_same(load("mnist", data_dir=folder, validation=10), first)
+
+
+def test_loads_where_the_cache_cannot_be_written(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    expected = load("mnist", data_dir=folder, validation=10)
+    (tmp_path / "file").write_text("no folder can be here")
+    with pytest.warns(UserWarning, match="cannot cache") as caught:
+        dataset = load("mnist", data_dir=folder, cache_dir=tmp_path / "file", validation=10)
+    assert_same(dataset, expected)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+# Scaling
+
+
+def test_to_float() -> None:
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    scaled = to_float(images)
+    assert isinstance(scaled, np.ndarray)
+    assert scaled.dtype == np.float32
+    assert scaled.shape == images.shape
+    assert scaled.ravel().tolist() == [np.float32(i) / np.float32(255) for i in range(256)]
+    inside = jax.jit(to_float)(jnp.asarray(images))
+    assert inside.dtype == jnp.float32
+    assert inside.max() == 1
+    np.testing.assert_array_max_ulp(np.asarray(inside), scaled, maxulp=1)
+    with pytest.raises(ValueError, match="images has dtype float32; expected uint8"):
+        to_float(scaled)
+
+
+# Real data
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_prepared_data_is_the_official_data_in_the_official_order(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (REAL_DATA and (Path(REAL_DATA) / name).is_dir()):
+        pytest.skip(f"TFDS_DATA_DIR names no folder with {name}")
+    monkeypatch.setenv("TFDS_DATA_DIR", REAL_DATA)
+    whole = load(name, validation=0)
+    parts = (whole.train_images, whole.train_labels, whole.test_images, whole.test_labels)
+    published = [array.astype(np.uint8).tobytes() for array in parts]
+    assert tuple(map(zlib.crc32, published)) == OFFICIAL[name]
+    assert "tensorflow" not in sys.modules
+    # From here on only the cache can help.
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    default = load(name)
+    assert len(default.train_images) == 55_000
+    shares = np.bincount(whole.train_labels) * (5_000 / 60_000)
+    assert np.abs(np.bincount(default.validation_labels) - shares).max() < 1
