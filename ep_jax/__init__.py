@@ -1,7 +1,38 @@
-"""Equilibrium Propagation for convolutional spiking convergent RNNs."""
+"""Equilibrium Propagation for convolutional spiking convergent RNNs.
 
+The names a user needs; `ep_jax.data`, `ep_jax.training`, `ep_jax.presets`, `ep_jax.run` and
+`ep_jax.plots` are imported by name.
+"""
+
+from ep_jax.checkpoint import load_weights, save_weights
 from ep_jax.dynamics import PhaseInfo, Phases, Snapshot, free_phase, nudged_phase
 from ep_jax.gradients.equilibrium import GradientInfo, ep_gradient
 from ep_jax.layers import Conv, Dense
-from ep_jax.network import NetworkSpec, energy, init_params, phi
-from ep_jax.neurons import Bernoulli, DeltaCode, Rate, SigmaDelta
+from ep_jax.network import LayerParams, NetworkSpec, Params, State, energy, init_params, phi
+from ep_jax.neurons import Bernoulli, DeltaCode, Neuron, Rate, SigmaDelta
+
+__all__ = [
+    "Bernoulli",
+    "Conv",
+    "DeltaCode",
+    "Dense",
+    "GradientInfo",
+    "LayerParams",
+    "NetworkSpec",
+    "Neuron",
+    "Params",
+    "PhaseInfo",
+    "Phases",
+    "Rate",
+    "SigmaDelta",
+    "Snapshot",
+    "State",
+    "energy",
+    "ep_gradient",
+    "free_phase",
+    "init_params",
+    "load_weights",
+    "nudged_phase",
+    "phi",
+    "save_weights",
+]

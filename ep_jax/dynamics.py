@@ -14,9 +14,9 @@ relaxes, in units in which it is of order one in every layer::
     J_l = alpha A'_l(D_{l-1}) + A_{l+1}^T(D_{l+1}),   J_L = alpha A'_L(D_{L-1}) - dC/ds_L
     D_l = [sigma(I0_l + beta_l J_l) - sigma(I0_l)] / beta_l
 
-with ``I0`` the currents of the free state, ``s0 = sigma(I0)`` and ``A'`` the drive without bias. All
-maps between layers are affine, so this is exact at any beta; no small difference of large numbers is
-formed, so it is exact in any precision.
+with ``I0`` the currents of the free state, ``s0 = sigma(I0)`` and ``A'`` the drive without bias.
+All maps between layers are affine, so this is exact at any beta; no small difference of large
+numbers is formed, so it is exact in any precision.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Phases:
         free: sweeps of the free phase.
         nudged: sweeps of the nudged phase.
         beta: nudging strength, not 0.
-        estimator: ``"one_sided"`` (free against beta), ``"random_sign"`` (free against plus or minus
-            beta, drawn for each example) or ``"symmetric"`` (plus against minus beta).
+        estimator: ``"one_sided"`` (free against beta), ``"random_sign"`` (free against plus or
+            minus beta, drawn for each example) or ``"symmetric"`` (plus against minus beta).
         sweep: ``"synchronous"``, ``"alternating"`` or ``"ordered"``.
         coordinates: ``"absolute"`` or ``"displacement"``, of the nudged phase.
 
@@ -429,8 +429,8 @@ def nudged_phase(
 ) -> tuple[State, PhaseInfo]:
     """Relax the network nudged by ``-beta dC/ds_L``, from the free `state`.
 
-    Spiking neurons start with receivers that know `state`, so the phases at plus and minus beta start
-    alike; give both the same `key`.
+    Spiking neurons start with receivers that know `state`, so the phases at plus and minus beta
+    start alike; give both the same `key`.
 
     Args:
         params: parameters of `spec`.

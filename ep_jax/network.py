@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,8 @@ from ep_jax.neurons import Neuron, SigmaDelta
 COSTS = ("squared_error", "cross_entropy")
 
 
-class LayerParams(TypedDict):
-    """Parameters of one layer: ``w`` (convolution HWIO, dense ``[in, out]``) and ``b`` ``[out]``."""
-
-    w: jax.Array
-    b: jax.Array
-
+LayerParams: TypeAlias = dict[str, jax.Array]
+"""Parameters of one layer: ``w`` (convolution HWIO, dense ``[in, out]``) and ``b`` ``[out]``."""
 
 Params: TypeAlias = tuple[LayerParams, ...]
 State: TypeAlias = tuple[jax.Array, ...]
@@ -91,8 +87,8 @@ class NetworkSpec:
         check_choice("cost", self.cost, COSTS)
         check_number("feedback", self.feedback, above=0.0, at_most=1.0)
         if self.cost == "cross_entropy" and len(self.layers) < 2:
-            raise ValueError("layers holds one layer; expected at least two with "
-                             "cost='cross_entropy', whose read-out is outside the dynamics")  # fmt: skip
+            raise ValueError("layers holds one layer; expected two or more with "
+                             "cost='cross_entropy', whose read-out has no state")  # fmt: skip
         self.shapes  # noqa: B018  raises where a layer does not fit the one below it
 
     @property
@@ -150,7 +146,7 @@ def init_params(
         shape = layer.weight_shape(below)
         limit = gain * math.sqrt(3.0 / math.prod(shape[:-1]))
         w = jax.random.uniform(k, shape, dtype, -limit, limit)
-        params.append(LayerParams(w=w, b=jnp.zeros((layer.features,), dtype)))
+        params.append({"w": w, "b": jnp.zeros((layer.features,), dtype)})
     return tuple(params)
 
 
@@ -228,8 +224,8 @@ def feedback(
 ) -> jax.Array:
     """The adjoint of the drive of layer ``l + 1`` at the state `here` of layer ``l``.
 
-    It is ``d <A_{l+1}(s_l), s_{l+1}> / d s_l``. Only a max pool depends on `here`, which routes what
-    comes from above to the unit that won; the adjoint of an average pool spreads it over the window.
+    It is ``d <A_{l+1}(s_l), s_{l+1}> / d s_l``. Only a max pool depends on `here`: it routes what
+    comes from above to the unit that won; the adjoint of an average pool spreads it evenly.
     """
 
     def up(s: jax.Array) -> jax.Array:

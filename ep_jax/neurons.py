@@ -59,7 +59,7 @@ class Clock(NamedTuple):
 
 @runtime_checkable
 class Neuron(Protocol):
-    """What the dynamics ask of a neuron model. A state is a pytree with the analog state as ``s``."""
+    """What the dynamics ask of a model. A state is a pytree whose ``s`` is the analog state."""
 
     @property
     def stochastic(self) -> bool:
@@ -207,7 +207,8 @@ class RateState(NamedTuple):
 class Rate:
     """Rate neurons: the signal is the state (Ernoult et al., NeurIPS 2019).
 
-    ``s <- clip((1 - eps_t) s + eps_t (I(s) + b - beta dC/ds), 0, 1)``, ``eps_t = epsilon / t^power``.
+    ``s <- clip((1 - eps_t) s + eps_t (I(s) + b - beta dC/ds), 0, 1)``, with
+    ``eps_t = epsilon / t^epsilon_power``.
 
     Attributes:
         epsilon: step size in (0, 1]; at 1 the relaxation is a plain fixed-point iteration.
@@ -282,12 +283,12 @@ class SigmaDelta:
     """Sigma-delta neurons with predictive coding, the paper's model (open loop).
 
     Sources: O'Connor, Gavves & Welling, *Training a Spiking Neural Network with Equilibrium
-    Propagation* (AISTATS 2019); Lin, Bal & Sengupta (ICONS 2024). Per step, with spikes ``q`` of the
-    neighbours::
+    Propagation* (AISTATS 2019); Lin, Bal & Sengupta (ICONS 2024). Per step, with spikes ``q`` of
+    the neighbours::
 
         u = (1 - lam) u + lam I(q)                          decoder, on the weighted sum of spikes
         s' = clip((1 - eps) s + eps (u + b + nudge), 0, 1)
-        a = (s' - (1 - lam) s) / lam                        predictive encoder, inverse of the decoder
+        a = (s' - (1 - lam) s) / lam                        predictive encoder, inverts the decoder
         q = 1[phi + a > 1/2],  phi = phi + a - q            sigma-delta quantiser
 
     The decoded signal differs from ``s`` by at most about ``lam``. The read-out is the average of
@@ -382,7 +383,7 @@ class SigmaDelta:
 
 
 class DeltaCodeState(NamedTuple):
-    """State of a `DeltaCode` layer: the analog state ``s`` and ``known``, what receivers know of it."""
+    """State of a `DeltaCode` layer: the analog ``s``, and what its receivers know of it."""
 
     s: jax.Array
     known: jax.Array
@@ -403,10 +404,10 @@ class DeltaCode:
     ``Q = 1[. > 1/2]`` is a binary sigma-delta code with a closed loop. At rest nobody spikes: the
     network settles at a fixed point, and the error falls as ``decay^t``.
 
-    The quantum is ``quantum * decay^max(0, t - lag * layer)`` in the free phase: deeper layers refine
-    later, since they move later. In the nudged phase it is ``nudged_quantum * nudged_decay^t`` in
-    displacement coordinates, and that times ``|beta| alpha^(L - l)`` in absolute ones. A displacement
-    may have either sign, so its code is signed, with leak as well.
+    In the free phase the quantum is ``quantum * decay^max(0, t - lag * (l - 1))``: deeper layers
+    refine later, since they move later. In the nudged phase it is ``nudged_quantum *
+    nudged_decay^t`` in displacement coordinates, and that times ``|beta| alpha^(L - l)`` in
+    absolute ones. A displacement has either sign, so its code is signed, with leak as well.
 
     Attributes:
         quantum: first quantum of the free phase.
@@ -495,10 +496,10 @@ class Bernoulli:
     """Stochastic neurons: a unit of state ``s`` spikes with probability ``s`` at every step.
 
     ``s' = clip((1 - eps_t) s + eps_t (I(q) + b + nudge), 0, 1)``, ``q ~ Bernoulli(s')``, with
-    ``eps_t = max(epsilon / t^epsilon_power, epsilon_floor)`` counted on through the nudged phase, so
-    that the noise averages out. The phases at plus and minus beta draw the same random numbers. As in
-    stochastic EP (arXiv:2511.11320). In displacement coordinates, where values have either sign, the
-    spikes are the state rounded at random to a multiple of `nudged_quantum`.
+    ``eps_t = max(epsilon / t^epsilon_power, epsilon_floor)`` counted on through the nudged phase,
+    so that the noise averages out. The phases at plus and minus beta draw the same random numbers.
+    As in stochastic EP (arXiv:2511.11320). In displacement coordinates, where values have either
+    sign, the spikes are the state rounded at random to a multiple of `nudged_quantum`.
 
     Attributes:
         epsilon: first step size in (0, 1].

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def make_optimizer(
     def is_weight(params: Params) -> Any:
         return tuple({"w": True, "b": False} for _ in params)
 
-    def scale_layers(updates: Params, _: Params | None) -> Params:
+    def scale_layers(updates: Any, _: Any) -> Any:
         scaled = [
             jax.tree.map(lambda u, rate=rate: rate * u, layer)
             for rate, layer in zip(layer_rates, updates, strict=True)
@@ -165,9 +165,9 @@ def make_train_steps(
         gradient: the gradient estimator.
 
     Returns:
-        A jitted function ``(state, images, labels, batches, key) -> (state, metrics)``: uint8 images
-        ``[N, ...]`` and labels ``[N]`` on the device, indices ``[steps, B]`` of the batches, the
-        training's random key; metrics are stacked over steps. It may overwrite the old `state`.
+        A function to be jitted, ``(state, images, labels, batches, key) -> (state, metrics)``:
+        uint8 images ``[N, ...]`` and labels ``[N]`` on the device, indices ``[steps, B]`` of the
+        batches, the training's random key; metrics are stacked over steps. `state` can be donated.
     """
 
     def train_step(
@@ -179,7 +179,7 @@ def make_train_steps(
             xs = augment(augment_key, xs, shift, flip)
         grads, info = gradient(state.params, spec, xs, labels, phases, phase_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = StepMetrics(
             loss=info.cost,
             error=100.0 * jnp.mean(info.output.argmax(-1) != labels),
@@ -187,9 +187,8 @@ def make_train_steps(
             free=info.free,
             nudged=info.nudged,
         )
-        return TrainState(params, opt_state, state.step + 1), metrics  # type: ignore[arg-type]
+        return TrainState(params, opt_state, state.step + 1), metrics
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def train_steps(
         state: TrainState, images: jax.Array, labels: jax.Array, batches: jax.Array, key: jax.Array
     ) -> tuple[TrainState, StepMetrics]:

@@ -1,14 +1,14 @@
 """The gradient of Equilibrium Propagation: a local difference at two fixed points.
 
-With the total energy ``E + beta C`` and its fixed points ``s^beta``, the gradient of the cost at the
-free fixed point is (Scellier & Bengio, Frontiers in Computational Neuroscience 2017)::
+With the total energy ``E + beta C`` and its fixed points ``s^beta``, the gradient of the cost at
+the free fixed point is (Scellier & Bengio, Frontiers in Computational Neuroscience 2017)::
 
     dC/dtheta = -lim_{beta -> 0} psi(beta),   psi(beta) = [dPhi(s^beta) - dPhi(s^0)] / beta
 
 where ``dPhi`` is the derivative with respect to the parameters. The estimators are averages of
 ``-psi``: ``one_sided`` takes one ``beta`` (error of order beta), ``random_sign`` one of random sign
-(order beta, order beta squared in the mean; Laborieux et al. 2021), ``symmetric`` the two at plus and
-minus beta, in which ``dPhi(s^0)`` cancels (order beta squared).
+(order beta, order beta squared in the mean; Laborieux et al. 2021), ``symmetric`` the two at plus
+and minus beta, in which ``dPhi(s^0)`` cancels (order beta squared).
 
 In displacement coordinates the difference is never formed as one::
 
@@ -94,8 +94,8 @@ def ep_gradient(
         xs: inputs, floating point, ``[B, *spec.input_shape]``.
         ys: integer labels ``[B]`` or one-hot targets ``[B, classes]``.
         phases: sweeps, nudging strength, estimator, coordinates.
-        key: random key, for stochastic neurons and ``estimator="random_sign"``. The nudged phases of
-            one example share one key.
+        key: random key, for stochastic neurons and ``estimator="random_sign"``. The nudged phases
+            of one example share one key.
 
     Returns:
         The gradient, of the same tree as `params`, and a `GradientInfo`.
@@ -181,5 +181,5 @@ def ep_gradient(
 
 
 def _each(f: Callable[..., Any], own: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:
-    """`f` of every example and nudging strength: `own` is ``[points, B, ...]``, `shared` ``[B, ...]``."""
+    """`f` of each point and example: `own` is ``[points, B, ...]``, `shared` is ``[B, ...]``."""
     return jax.vmap(lambda *own: jax.vmap(f)(*own, *shared))(*own)

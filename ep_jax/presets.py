@@ -1,0 +1,161 @@
+"""A training run as one frozen record, and the presets.
+
+A `Config` is the complete statement of a run: with its seed it determines the result. `spec_of` and
+`phases` are what the library's pure functions need of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
+from ep_jax.data import DATASETS
+from ep_jax.dynamics import Phases
+from ep_jax.layers import Conv, Dense, Layer
+from ep_jax.network import NetworkSpec
+from ep_jax.neurons import Bernoulli, DeltaCode, Neuron, Rate, SigmaDelta
+
+NEURONS = ("rate", "sigma_delta", "delta_code", "bernoulli")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. Sizes are per layer, from the input up."""
+
+    dataset: Literal["digits", "mnist", "fashion_mnist"] = "mnist"
+    """Images to learn: digits needs no download."""
+    data_dir: str | None = None
+    """Where MNIST data lie (IDX files or TFDS data); by default TFDS_DATA_DIR."""
+    validation: int | None = None
+    """Training images held out to choose by; by default 5,000 (digits: 200)."""
+    seed: int = 0
+    """Seed of initial weights, order of the images and all other randomness."""
+    epochs: int = 10
+    """Passes over the training images; the schedule spans them."""
+    batch: int = 64
+    """Images in a step."""
+    steps_per_dispatch: int = 100
+    """Most optimisation steps in one call of the device."""
+
+    channels: tuple[int, ...] = (32, 64)
+    """Channels of the convolutional layers."""
+    kernels: tuple[int, ...] = (5, 5)
+    """Kernel sides of the convolutional layers."""
+    pool: Literal["avg", "max", "none"] = "avg"
+    """2x2 pool after each convolution."""
+    padding: Literal["VALID", "SAME"] = "VALID"
+    """Padding of the convolutions."""
+    hidden: tuple[int, ...] = (128,)
+    """Units of the hidden dense layers; the output layer comes on top."""
+    gain: float = 1.0
+    """Scale of the initial weights."""
+    cost: Literal["squared_error", "cross_entropy"] = "squared_error"
+    """Cost: cross_entropy takes the output layer out of the dynamics."""
+    feedback: float = 0.1
+    """Feedback strength alpha in (0, 1]; 1 is the papers' network."""
+
+    neuron: Literal["rate", "sigma_delta", "delta_code", "bernoulli"] = "delta_code"
+    """Neuron model; its own settings are below."""
+    rate: Rate = field(default_factory=Rate)
+    """Settings of rate neurons."""
+    sigma_delta: SigmaDelta = field(default_factory=SigmaDelta)
+    """Settings of sigma-delta neurons (open loop, the paper's)."""
+    delta_code: DeltaCode = field(default_factory=DeltaCode)
+    """Settings of the delta code (closed loop)."""
+    bernoulli: Bernoulli = field(default_factory=Bernoulli)
+    """Settings of Bernoulli neurons."""
+
+    phases: Phases = field(
+        default_factory=lambda: Phases(
+            free=12,
+            nudged=8,
+            beta=0.1,
+            estimator="one_sided",
+            sweep="alternating",
+            coordinates="displacement",
+        )
+    )
+    """Sweeps of the two phases, nudge and estimator."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW; it decays to 0 along a cosine."""
+    layer_rates: tuple[float, ...] = ()
+    """Factor on the learning rate of each layer; empty: 1 for all."""
+    warmup: float = 0.0
+    """Share of the training during which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (not on biases)."""
+    shift: int = 0
+    """Augmentation: shift the images by up to this many pixels."""
+    flip: bool = False
+    """Augmentation: mirror half of the images left to right."""
+
+    def __post_init__(self) -> None:
+        check_choice("dataset", self.dataset, DATASETS)
+        check_choice("neuron", self.neuron, NEURONS)
+        check_choice("pool", self.pool, ("avg", "max", "none"))
+        check_integer("seed", self.seed, at_least=0)
+        for name in ("epochs", "batch", "steps_per_dispatch"):
+            check_integer(name, getattr(self, name), at_least=1)
+        check_integer("shift", self.shift, at_least=0)
+        check_number("feedback", self.feedback, above=0.0, at_most=1.0)
+        for name in ("learning_rate", "gain"):
+            check_number(name, getattr(self, name), above=0.0)
+        check_non_negative("weight_decay", self.weight_decay)
+        check_non_negative("warmup", self.warmup, at_most=1.0)
+        if len(self.channels) != len(self.kernels):
+            raise ValueError(f"kernels is {self.kernels}; expected one kernel for each of the "
+                             f"{len(self.channels)} entries of channels")  # fmt: skip
+        depth = len(self.channels) + len(self.hidden) + 1
+        if len(self.layer_rates) not in (0, depth):
+            raise ValueError(f"layer_rates is {self.layer_rates}; expected a factor for each of "
+                             f"the {depth} layers, or none")  # fmt: skip
+        for rate in self.layer_rates:
+            check_non_negative("layer_rates", rate)
+
+
+def neuron_of(config: Config) -> Neuron:
+    """The neuron model that `config` names."""
+    return getattr(config, config.neuron)
+
+
+def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> NetworkSpec:
+    """The network of `config` for inputs of a shape and a number of classes.
+
+    Example:
+        >>> spec_of(PRESETS["mnist"], (28, 28, 1), 10).state_shapes
+        ((12, 12, 32), (4, 4, 64), (128,), (10,))
+    """
+    pool = None if config.pool == "none" else config.pool
+    layers: list[Layer] = [
+        Conv(features, kernel, pool=pool, padding=config.padding)
+        for features, kernel in zip(config.channels, config.kernels, strict=True)
+    ]
+    layers += [Dense(units) for units in (*config.hidden, classes)]
+    return NetworkSpec(
+        input_shape=input_shape,
+        layers=tuple(layers),
+        neuron=neuron_of(config),
+        cost=config.cost,
+        feedback=config.feedback,
+    )
+
+
+_MNIST = Config(dataset="mnist", epochs=10, feedback=0.05, weight_decay=0.05, shift=2)
+
+PRESETS: dict[str, Config] = {
+    "digits": Config(
+        dataset="digits",
+        epochs=40,
+        batch=32,
+        channels=(32, 64),
+        kernels=(3, 3),
+        padding="SAME",
+        shift=1,
+        weight_decay=0.05,
+    ),
+    "mnist": _MNIST,
+    "fashion_mnist": replace(_MNIST, dataset="fashion_mnist", shift=0, flip=True),
+}
+"""Complete runs by name."""

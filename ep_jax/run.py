@@ -1,0 +1,344 @@
+"""One training run, from a `Config` to the files it leaves.
+
+This is where the pure functions of `ep_jax.training` are driven and where input and output happen.
+
+Files in the run's folder: ``config.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoints/``,
+and, at the end, ``result.json``, ``weights.npz`` with ``network.json``, and ``figures/*.png``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ep_jax import plots, training
+from ep_jax.checkpoint import Checkpoints, save_weights, to_json, write_atomically, write_json
+from ep_jax.data import Dataset, load, to_float
+from ep_jax.dynamics import Phases
+from ep_jax.gradients.equilibrium import ep_gradient
+from ep_jax.network import NetworkSpec, Params
+from ep_jax.presets import Config, spec_of
+from ep_jax.training import StepMetrics
+
+Record = dict[str, Any]
+"""What one epoch measured: a line of ``metrics.jsonl``."""
+
+
+class DivergedError(FloatingPointError):
+    """Training met a number that is not finite."""
+
+
+def train(
+    config: Config,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    gradient: training.Gradient = ep_gradient,
+    console: Console | None = None,
+) -> Record:
+    """Train as `config` says and write everything into `out`.
+
+    The training images less the validation split are learned; the test images are read once, at the
+    end, for the result.
+
+    Args:
+        config: the run.
+        out: folder for its files.
+        resume: go on from the last checkpoint in `out`; start afresh where there is none.
+        gradient: the gradient estimator.
+        console: where progress is shown.
+
+    Returns:
+        The result, as in ``result.json``.
+
+    Raises:
+        FileExistsError: `out` holds a run, and `resume` is not asked for.
+        ValueError: the configuration does not fit the data, or `out` holds another run's
+            checkpoint.
+        DivergedError: a loss or gradient was not finite. The last checkpoint stays, no result is
+            written.
+    """
+    out, console = Path(out), console or Console()
+    if not resume and ((out / "metrics.jsonl").exists() or (out / "checkpoints").exists()):
+        raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, or "
+                              "--resume to go on with that run")  # fmt: skip
+    data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
+    spec = spec_of(config, data.train_images.shape[1:], data.classes)
+    plan = _batches(config, data, epoch=0)
+    optimizer = training.make_optimizer(
+        config.learning_rate,
+        config.epochs * plan.shape[0] * plan.shape[1],
+        layer_rates=config.layer_rates or (1.0,) * len(spec.layers),
+        weight_decay=config.weight_decay,
+        warmup=config.warmup,
+    )
+    key = jax.random.key(config.seed)
+    init_key, step_key, eval_key = jax.random.split(key, 3)
+    state = training.init_train_state(init_key, spec, optimizer, config.gain)
+    steps = training.make_train_steps(
+        spec, config.phases, optimizer, shift=config.shift, flip=config.flip, gradient=gradient
+    )
+
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(out / "checkpoints", to_json(config))
+    history: list[Record] = []
+    if resume and (found := checkpoints.restore(state)) is not None:
+        epoch, state, history = found
+        console.print(f"resumed after epoch {epoch} of {config.epochs}")
+    write_json(out / "config.json", to_json(config))
+
+    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    began = time.perf_counter()
+    compiled = (
+        jax.jit(steps, donate_argnums=0)
+        .lower(state, images, labels, jnp.asarray(plan[0]), step_key)
+        .compile()
+    )
+    compile_seconds = time.perf_counter() - began
+
+    with _progress(console, config.epochs, len(plan)) as report:
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            began = time.perf_counter()
+            measured: list[StepMetrics] = []
+            for i, batches in enumerate(_batches(config, data, epoch), start=1):
+                state, metrics = compiled(state, images, labels, jnp.asarray(batches), step_key)
+                measured.append(jax.device_get(metrics))
+                _check_finite(measured[-1], epoch, (i - 1) * plan.shape[1])
+                if i < len(plan):
+                    report(epoch, i, _describe(_mean([measured[-1]]), spec))
+            seconds = time.perf_counter() - began
+            answers, _ = training.predict(
+                state.params, spec, config.phases, data.validation_images, eval_key
+            ) if config.validation != 0 else (None, None)  # fmt: skip
+            record = {"epoch": epoch, "step": int(state.step)} | _record(_mean(measured), spec)
+            record["val_error"] = (
+                None if answers is None else training.error_rate(answers, data.validation_labels)
+            )
+            record["seconds"] = seconds
+            history.append(record)
+            checkpoints.save(epoch, state, history)
+            lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in history)
+            write_atomically(out / "metrics.jsonl", lines.encode())
+            report(
+                epoch,
+                len(plan),
+                _describe(record, spec) + _shown("  val", record["val_error"], " %"),
+            )
+    checkpoints.close()
+
+    result = {
+        **evaluate(state.params, spec, config.phases, data, eval_key),
+        "val_error": [r["val_error"] for r in history],
+        "seconds_per_epoch": float(np.median([r["seconds"] for r in history])),
+        "compile_seconds": compile_seconds,
+        "seed": config.seed,
+        "config": to_json(config),
+        **provenance(),
+    }
+    save_weights(out, state.params, spec, config.phases)
+    _draw(out / "figures", state.params, spec, config.phases, data, history, eval_key)
+    write_json(out / "result.json", result)
+    console.print(_summary(config, spec, result, out))
+    return result
+
+
+def evaluate(
+    params: Params, spec: NetworkSpec, phases: Phases, data: Dataset, key: jax.Array | None = None
+) -> Record:
+    """Test error in per cent at the phases' free sweeps and at four times as many.
+
+    The two agree where the answers come from an equilibrium and not from a transient.
+
+    Returns:
+        ``test_error``, ``test_error_4x`` and ``spikes_per_neuron`` (of one inference, per layer).
+    """
+    longer = dataclasses.replace(phases, free=4 * phases.free)
+    answers, info = training.predict(params, spec, phases, data.test_images, key)
+    answers_4x, _ = training.predict(params, spec, longer, data.test_images, key)
+    return {
+        "test_error": training.error_rate(answers, data.test_labels),
+        "test_error_4x": training.error_rate(answers_4x, data.test_labels),
+        "spikes_per_neuron": [float(s) for s in info.spikes],
+    }
+
+
+def provenance() -> Record:
+    """Commit, versions and device: what made a result."""
+    packages = ("jax", "jaxlib", "numpy", "optax", "ep_jax")
+    device = jax.devices()[0]
+    return {
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in packages},
+        },
+        "device": f"{device.platform}: {device.device_kind}, {os.cpu_count()} CPU cores",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+        return "unknown"
+
+
+def _commit() -> str:
+    """The commit of the checkout this package lies in, marked where it has uncommitted changes."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _batches(config: Config, data: Dataset, epoch: int) -> np.ndarray:
+    rng = np.random.default_rng([config.seed, epoch])
+    return training.epoch_batches(
+        rng, len(data.train_images), config.batch, config.steps_per_dispatch
+    )
+
+
+def _mean(measured: list[StepMetrics]) -> StepMetrics:
+    return jax.tree.map(lambda *values: float(np.mean(values)), *measured)
+
+
+def _check_finite(metrics: StepMetrics, epoch: int, before: int) -> None:
+    """Raise where a loss or gradient is not finite: where first, and in which layers."""
+    norms = np.stack(metrics.gradient_norm)
+    bad = ~np.isfinite(metrics.loss) | ~np.isfinite(norms).all(0)
+    if not bad.any():
+        return
+    step = int(np.argmax(bad))
+    layers = [l for l, norm in enumerate(norms[:, step], start=1) if not np.isfinite(norm)]
+    raise DivergedError(
+        f"diverged in epoch {epoch}, step {before + step + 1}: loss {metrics.loss[step]}, gradient "
+        f"not finite in layers {layers}; the last checkpoint is kept. A smaller learning rate or "
+        "gain, weaker feedback or more sweeps may help"
+    )
+
+
+def _per_neuron(spikes: tuple[Any, ...], spec: NetworkSpec) -> float:
+    sizes = [int(np.prod(shape)) for shape in spec.state_shapes]
+    return float(np.average(spikes, weights=sizes))
+
+
+def _record(mean: StepMetrics, spec: NetworkSpec) -> Record:
+    return {
+        "loss": mean.loss,
+        "error": mean.error,
+        "residual": mean.free.residual,
+        "residual_nudged": mean.nudged.residual,
+        "moving": mean.free.moving,
+        "spikes_free": _per_neuron(mean.free.spikes, spec),
+        "spikes_nudged": _per_neuron(mean.nudged.spikes, spec),
+        "spikes_free_per_layer": list(mean.free.spikes),
+        "spikes_nudged_per_layer": list(mean.nudged.spikes),
+        "gradient_norm": list(mean.gradient_norm),
+    }
+
+
+def _shown(name: str, value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{name} {value:.3g}{unit}"
+
+
+def _describe(now: StepMetrics | Record, spec: NetworkSpec) -> str:
+    record = now if isinstance(now, dict) else _record(now, spec)
+    return (
+        f"loss {record['loss']:.4f}  error {record['error']:.2f} %  "
+        f"residual {record['residual']:.1e}  moving {100 * record['moving']:.1f} %  "
+        f"spikes {record['spikes_free']:.2f}+{record['spikes_nudged']:.2f}"
+    )
+
+
+Report = Callable[[int, int, str], None]
+
+
+@contextlib.contextmanager
+def _progress(console: Console, epochs: int, dispatches: int) -> Iterator[Report]:
+    """A progress bar on a terminal; elsewhere a line a quarter of an epoch, fit for a log file."""
+    if not console.is_terminal:
+
+        def line(epoch: int, done: int, text: str) -> None:
+            if done * 4 // dispatches > (done - 1) * 4 // dispatches:
+                console.print(
+                    f"epoch {epoch}/{epochs}  {done}/{dispatches}  {text}", soft_wrap=True
+                )
+
+        yield line
+        return
+    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(20), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("{task.description}"), console=console
+    ) as bar:
+        task = bar.add_task("compiled", total=epochs * dispatches, epoch=f"1/{epochs}")
+
+        def move(epoch: int, done: int, text: str) -> None:
+            completed = (epoch - 1) * dispatches + done
+            bar.update(task, completed=completed, description=text, epoch=f"{epoch}/{epochs}")
+
+        yield move
+
+
+def _draw(
+    folder: Path,
+    params: Params,
+    spec: NetworkSpec,
+    phases: Phases,
+    data: Dataset,
+    history: list[Record],
+    key: jax.Array,
+) -> None:
+    folder.mkdir(exist_ok=True)
+    # Validation images: the test set is for the result alone.
+    some = data.validation_images[:64] if len(data.validation_images) else data.train_images[:64]
+    xs = jnp.asarray(to_float(some))
+    seen = plots.record_free_phase(params, spec, phases, xs, key)
+    figures = {
+        "learning_curve": plots.learning_curve(history),
+        "relaxation": plots.relaxation(seen),
+        "raster": plots.raster(seen.spikes, some[0]),
+        "filters": plots.filters(params),
+    }
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=150)
+
+
+def _summary(config: Config, spec: NetworkSpec, result: Record, out: Path) -> Table:
+    best = [e for e in result["val_error"] if e is not None]
+    spikes = " ".join(f"{s:.2f}" for s in result["spikes_per_neuron"])
+    table = Table(title=f"{config.dataset}: {config.neuron}, Equilibrium Propagation", min_width=60)
+    table.add_column("")
+    table.add_column("result", justify="right")
+    table.add_row("test error", f"{result['test_error']:.2f} %")
+    table.add_row("test error at 4x the sweeps", f"{result['test_error_4x']:.2f} %")
+    if best:
+        table.add_row("validation error, last epoch", f"{best[-1]:.2f} %")
+    table.add_row("spikes per neuron and image, by layer", spikes)
+    table.add_row("sweeps, free + nudged", f"{config.phases.free} + {config.phases.nudged}")
+    table.add_row("layers", " - ".join(str(s) for s in map(np.prod, spec.state_shapes)))
+    table.add_row("seconds an epoch", f"{result['seconds_per_epoch']:.1f}")
+    table.add_row("written to", str(out))
+    return table

@@ -1,0 +1,25 @@
+"""What the whole suite shares: double precision where a module asks for it, steady hypotheses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import pytest
+
+# The same examples on every run and machine; nothing is written to disk.
+hypothesis.settings.register_profile(
+    "ep_jax", max_examples=40, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("ep_jax")
+
+
+@pytest.fixture(scope="module")
+def x64() -> Iterator[None]:
+    """Double precision for a module: ``pytestmark = pytest.mark.usefixtures("x64")``.
+
+    Not for the whole suite: users train in JAX's default single precision, and so do its tests.
+    """
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,128 @@
+"""Independent references for the tests: nothing here calls ep_jax's own mathematics.
+
+Layers are ``jax.lax`` convolutions and window reductions, Phi is a plain sum over them, currents are
+its exact derivatives, and gradients of the cost come from reverse-mode through the relaxation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import ep_jax as ep
+
+Tree: TypeAlias = Any
+
+
+def make_params(spec: ep.NetworkSpec, seed: int = 0, gain: float = 1.0, bias: float = 0.3) -> Tree:
+    """Random float64 parameters ``N(0, gain^2 / fan_in)`` with biases that are not zero."""
+    rng = np.random.default_rng(seed)
+    params, shape = [], spec.input_shape
+    for layer in spec.layers:
+        if isinstance(layer, ep.Conv):
+            size = (layer.kernel, layer.kernel, shape[-1], layer.features)
+        else:
+            size = (math.prod(shape), layer.features)
+        shape = layer.output_shape(shape)
+        w = rng.normal(size=size) * gain / math.sqrt(math.prod(size[:-1]))
+        b = rng.normal(size=layer.features) * bias
+        params.append({"w": jnp.asarray(w), "b": jnp.asarray(b)})
+    return tuple(params)
+
+
+def make_batch(spec: ep.NetworkSpec, size: int, seed: int = 1) -> tuple[jax.Array, jax.Array]:
+    """Random inputs in [0, 1] and labels, of which no two neighbours are equal."""
+    rng = np.random.default_rng(seed)
+    xs = rng.uniform(size=(size, *spec.input_shape))
+    return jnp.asarray(xs), jnp.asarray(np.arange(size) % spec.layers[-1].features)
+
+
+def make_state(spec: ep.NetworkSpec, seed: int = 2) -> tuple[jax.Array, ...]:
+    """A random state in [0, 1]; it is at no fixed point."""
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.uniform(size=shape)) for shape in spec.state_shapes)
+
+
+def affine(layer: ep.Conv | ep.Dense, p: Tree, below: jax.Array) -> jax.Array:
+    """``A(s)`` of one layer as the papers write it: convolution, bias, then the pool."""
+    if isinstance(layer, ep.Dense):
+        return below.reshape(-1) @ p["w"] + p["b"]
+    out = jax.lax.conv_general_dilated(
+        below[None], p["w"], (1, 1), layer.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    out = out[0] + p["b"]
+    window = {"window_dimensions": (2, 2, 1), "window_strides": (2, 2, 1), "padding": "VALID"}
+    if layer.pool == "avg":
+        return jax.lax.reduce_window(out, np.zeros((), out.dtype)[()], jax.lax.add, **window) / 4
+    if layer.pool == "max":
+        return jax.lax.reduce_window(out, -jnp.inf, jax.lax.max, **window)
+    return out
+
+
+def reference_phi(params: Tree, spec: ep.NetworkSpec, x: jax.Array, state: Tree) -> jax.Array:
+    """``sum_l alpha^(l - L) <A_l(s_{l-1}), s_l>`` over the layers inside the dynamics."""
+    L = len(state)
+    below = (x, *state[:-1])
+    terms = [
+        spec.feedback ** (l + 1 - L) * jnp.sum(affine(spec.layers[l], params[l], below[l]) * s)
+        for l, s in enumerate(state)
+    ]
+    return sum(terms[1:], terms[0])
+
+
+def reference_current(
+    params: Tree, spec: ep.NetworkSpec, x: jax.Array, state: Tree, l: int
+) -> jax.Array:
+    """``alpha^(L - l) dPhi/ds_l`` of 0-based layer `l`, by reverse-mode through `reference_phi`."""
+    return spec.feedback ** (len(state) - 1 - l) * jax.grad(reference_phi, 3)(
+        params, spec, x, tuple(state)
+    )[l]
+
+
+def reference_cost(params: Tree, spec: ep.NetworkSpec, last: jax.Array, y: jax.Array) -> jax.Array:
+    """``C(s_L, y)`` of one example with one-hot `y`."""
+    if spec.cost == "squared_error":
+        return 0.5 * jnp.sum((last - y) ** 2)
+    logits = last.reshape(-1) @ params[-1]["w"] + params[-1]["b"]
+    return jax.scipy.special.logsumexp(logits) - jnp.dot(logits, y)
+
+
+def reference_nudge(params: Tree, spec: ep.NetworkSpec, last: jax.Array, y: jax.Array) -> jax.Array:
+    """``-dC/ds_L``."""
+    return -jax.grad(reference_cost, 2)(params, spec, last, y)
+
+
+def one_hot(spec: ep.NetworkSpec, ys: jax.Array) -> jax.Array:
+    return jnp.eye(spec.layers[-1].features)[ys]
+
+
+def exact_gradient(params: Tree, spec: ep.NetworkSpec, xs: Any, ys: Any, steps: int) -> Tree:
+    """The gradient of the batch-mean cost by reverse-mode through the free relaxation (BPTT)."""
+
+    def mean_cost(params: Tree) -> jax.Array:
+        phases = ep.Phases(free=steps)
+        states, _ = jax.vmap(lambda x: ep.free_phase(params, spec, x, phases))(xs)
+        costs = jax.vmap(lambda s, y: reference_cost(params, spec, s, y))(
+            states[-1], one_hot(spec, ys)
+        )
+        return jnp.mean(costs)
+
+    return jax.jit(jax.grad(mean_cost))(params)
+
+
+def flat(tree: Tree) -> np.ndarray:
+    return np.asarray(ravel_pytree(tree)[0], np.float64)
+
+
+def relative_error(tree: Tree, exact: Tree) -> float:
+    return float(np.linalg.norm(flat(tree) - flat(exact)) / np.linalg.norm(flat(exact)))
+
+
+def cosine(tree: Tree, exact: Tree) -> float:
+    a, b = flat(tree), flat(exact)
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
