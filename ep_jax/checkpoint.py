@@ -127,7 +127,7 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
         if not isinstance(spec, NetworkSpec) or not isinstance(phases, Phases):
             raise ValueError("no NetworkSpec and Phases")
     with _explained(folder / "weights.npz", f"the weights of {len(spec.layers)} layers"):
-        with np.load(folder / "weights.npz", allow_pickle=False) as arrays:
+        with (folder / "weights.npz").open("rb") as file, np.load(file) as arrays:
             names = {f"layer{i}.{n}" for i in range(1, len(spec.layers) + 1) for n in "wb"}
             if set(arrays.files) != names:
                 raise ValueError(f"arrays {sorted(arrays.files)}; expected {sorted(names)}")

@@ -180,12 +180,15 @@ def _relax(
     zero = jnp.zeros((), start[-1].dtype)
 
     def sweep(states: list[Any], t: jax.Array) -> tuple[list[Any], list[jax.Array]]:
-        old, new = states, list(states)
-        signals = [neuron.signal(state) for state in old]
-        spikes = [jnp.zeros((), start[-1].dtype)] * depth
+        before = [neuron.signal(state) for state in states]
+        new, latest = list(states), list(before)
+        spikes = [zero] * depth
         updated: set[int] = set()
         for l in order:
-            heard = signals if in_place else [neuron.signal(state) for state in old]
+            heard = tuple(latest if in_place else before)
+            # The barrier makes the current once; without it XLA repeats the adjoint's sums wherever
+            # the neuron model reads it.
+            incoming = jax.lax.optimization_barrier(network.current(spec, links, l, heard, *gains))
             clock = Clock(
                 step=t,
                 steps=steps,
@@ -197,10 +200,8 @@ def _relax(
                 displaced=displaced,
             )
             dice = None if key is None else jax.random.fold_in(jax.random.fold_in(key, t), l)
-            incoming = network.current(spec, links, l, tuple(heard), *gains)
-            incoming = jax.lax.optimization_barrier(incoming)
-            new[l], sent = neuron.step(old[l], incoming, relaxes[l], clock, dice)
-            signals[l] = neuron.signal(new[l])
+            new[l], sent = neuron.step(states[l], incoming, relaxes[l], clock, dice)
+            latest[l] = neuron.signal(new[l])
             updated.add(l)
             if sent is not None:
                 spikes[l] = sent

@@ -9,6 +9,7 @@ import jax
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ep_jax.dynamics import Phases, Snapshot, free_phase
 from ep_jax.network import NetworkSpec, Params, energy
@@ -49,40 +50,50 @@ def record_free_phase(
 
 
 def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, errors, residual and spikes against epochs, from the records of ``metrics.jsonl``."""
+    """Loss, errors and spikes against epochs, from the records of ``metrics.jsonl``."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     loss, error, spikes = figure.subplots(1, 3)
     epochs = [record["epoch"] for record in history]
-    marker = "o" if len(epochs) < 16 else None
-    loss.semilogy(epochs, [r["loss"] for r in history], marker=marker, label="loss")
-    loss.semilogy(epochs, [r["residual"] for r in history], "--", marker=marker, label="residual")
-    loss.set(xlabel="epoch", title="training loss, residual of the free phase")
+    count = max(1, len(history[0]["curve"]["loss"]))
+    fine = np.arange(1, count * len(history) + 1) / count
+    curve = {k: np.concatenate([r["curve"][k] for r in history]) for k in ("loss", "error")}
+    loss.semilogy(fine, curve["loss"], label="loss")
+    loss.semilogy(epochs, [r["residual"] for r in history], "o--", ms=3, label="residual")
+    loss.set(title="training loss, residual of the free phase")
     loss.legend()
-    error.plot(epochs, [r["error"] for r in history], "--", marker=marker, label="training")
-    error.plot(epochs, [r["val_error"] for r in history], marker=marker, label="validation")
-    error.set(xlabel="epoch", ylabel="per cent", title="error", ylim=(0, None))
-    if len(epochs) > 1:  # the first epochs would hide all later ones
-        later = [r[k] for r in history[len(epochs) // 4 :] for k in ("error", "val_error")]
-        error.set_ylim(0, 1.3 * max(*later, 0.1))
+    error.semilogy(fine, np.maximum(curve["error"], 1e-2), alpha=0.6, label="training, running")
+    validation = [(r["epoch"], r["val_error"]) for r in history if r["val_error"] is not None]
+    if validation:
+        error.semilogy(*zip(*validation, strict=True), "o-", ms=3, label="validation")
+    error.set(ylabel="per cent", title="error")
     error.legend()
-    for phase, style in (("free", "-"), ("nudged", "--")):
+    for phase in ("free", "nudged"):
         totals = [r[f"spikes_{phase}"] for r in history]
-        if np.any(totals):
-            spikes.semilogy(epochs, totals, style, marker=marker, label=f"{phase} phase")
-    spikes.set(xlabel="epoch", title="spikes per neuron and phase")
+        if any(totals):
+            spikes.semilogy(epochs, totals, "o-", ms=3, label=f"{phase} phase")
+    spikes.set(title="spikes per neuron and phase")
     if spikes.lines:
         spikes.legend()
+    for axis in (loss, error, spikes):
+        axis.set(xlabel="epoch", xlim=(0, epochs[-1] * 1.02))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
 def relaxation(record: Relaxation) -> Figure:
-    """Energy and residual against sweeps of a free phase."""
+    """Energy and residual against sweeps of a free phase.
+
+    The energy is shown above its last value: weak feedback weighs lower layers with
+    ``alpha^(l - L)``, so its absolute size says little.
+    """
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     sweeps = np.arange(1, len(record.energy) + 1)
-    left.plot(sweeps, record.energy)
-    left.set(xlabel="sweep", title="energy $E$")
-    right.semilogy(sweeps, np.maximum(record.residual, 1e-12))
+    above = record.energy - record.energy[-1]
+    left.plot(sweeps[:-1], above[:-1], "o-", ms=3)
+    left.set_yscale("log" if (above[:-1] > 0).all() and len(above) > 1 else "symlog")
+    left.set(xlabel="sweep", title="energy above its last value, $E_t - E_T$")
+    right.semilogy(sweeps, np.maximum(record.residual, 1e-12), "o-", ms=3)
     right.set(xlabel="sweep", title=r"residual $\|s_{t+1} - s_t\|$")
     return figure
 
@@ -93,7 +104,7 @@ def raster(spikes: Sequence[np.ndarray], image: np.ndarray, units: int = 60) -> 
     Args:
         spikes: tuple over layers of signed spikes ``[T, ...]``.
         image: the input ``[H, W, C]``.
-        units: units shown of each layer, those that spike most.
+        units: most units shown of each layer, evenly spaced among those that spike.
     """
     figure = Figure(figsize=(2.6 * (len(spikes) + 1), 3.2), layout="constrained")
     first, *rest = figure.subplots(1, len(spikes) + 1)
@@ -103,7 +114,8 @@ def raster(spikes: Sequence[np.ndarray], image: np.ndarray, units: int = 60) -> 
     for l, (axis, layer) in enumerate(zip(rest, spikes, strict=True), start=1):
         flat = layer.reshape(len(layer), -1)
         activity = np.abs(flat).sum(0)
-        shown = np.sort(np.argsort(-activity, kind="stable")[:units])
+        active = np.flatnonzero(activity)
+        shown = active[np.linspace(0, len(active) - 1, min(units, len(active)), dtype=int)]
         for sign, colour in ((1, "tab:blue"), (-1, "tab:red")):
             times, who = np.nonzero(np.sign(flat[:, shown]) == sign)
             axis.scatter(times + 1, who, s=5, marker="|", c=colour, linewidths=1)

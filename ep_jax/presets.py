@@ -142,7 +142,7 @@ def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> Netwo
     )
 
 
-_MNIST = Config(dataset="mnist", epochs=10, feedback=0.05, weight_decay=0.05, shift=2)
+_MNIST = Config(dataset="mnist", epochs=10, feedback=0.05, weight_decay=0.05, shift=1)
 
 PRESETS: dict[str, Config] = {
     "digits": Config(
@@ -152,10 +152,13 @@ PRESETS: dict[str, Config] = {
         channels=(32, 64),
         kernels=(3, 3),
         padding="SAME",
-        shift=1,
-        weight_decay=0.05,
     ),
     "mnist": _MNIST,
-    "fashion_mnist": replace(_MNIST, dataset="fashion_mnist", shift=0, flip=True),
+    "mnist_sigma_delta": replace(
+        _MNIST,
+        neuron="sigma_delta",
+        phases=replace(_MNIST.phases, free=25, nudged=12),
+    ),
+    "fashion_mnist": replace(_MNIST, dataset="fashion_mnist", shift=0),
 }
 """Complete runs by name."""

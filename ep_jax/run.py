@@ -131,6 +131,10 @@ def train(
                 None if answers is None else training.error_rate(answers, data.validation_labels)
             )
             record["seconds"] = seconds
+            record["curve"] = {
+                name: [float(getattr(m, name).mean()) for m in measured]
+                for name in ("loss", "error")
+            }
             history.append(record)
             checkpoints.save(epoch, state, history)
             lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in history)

@@ -183,7 +183,7 @@ def make_train_steps(
         metrics = StepMetrics(
             loss=info.cost,
             error=100.0 * jnp.mean(info.output.argmax(-1) != labels),
-            gradient_norm=tuple(optax.global_norm(layer) for layer in grads),
+            gradient_norm=tuple(optax.tree.norm(layer) for layer in grads),
             free=info.free,
             nudged=info.nudged,
         )

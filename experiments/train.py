@@ -29,7 +29,7 @@ class Arguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
     """The run: defaults are the preset's."""
     preset: str = "digits"
-    """Complete run to start from: one of digits, mnist, fashion_mnist."""
+    """Complete run to start from: digits, mnist, mnist_sigma_delta or fashion_mnist."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
 

@@ -1,7 +1,7 @@
 """Independent references for the tests: nothing here calls ep_jax's own mathematics.
 
-Layers are ``jax.lax`` convolutions and window reductions, Phi is a plain sum over them, currents are
-its exact derivatives, and gradients of the cost come from reverse-mode through the relaxation.
+Layers are ``jax.lax`` convolutions and window reductions, Phi is a plain sum over them, currents
+are its exact derivatives, and gradients of the cost come from reverse-mode through the relaxation.
 """
 
 from __future__ import annotations
@@ -79,9 +79,8 @@ def reference_current(
     params: Tree, spec: ep.NetworkSpec, x: jax.Array, state: Tree, l: int
 ) -> jax.Array:
     """``alpha^(L - l) dPhi/ds_l`` of 0-based layer `l`, by reverse-mode through `reference_phi`."""
-    return spec.feedback ** (len(state) - 1 - l) * jax.grad(reference_phi, 3)(
-        params, spec, x, tuple(state)
-    )[l]
+    gradient = jax.grad(reference_phi, 3)(params, spec, x, tuple(state))
+    return spec.feedback ** (len(state) - 1 - l) * gradient[l]
 
 
 def reference_cost(params: Tree, spec: ep.NetworkSpec, last: jax.Array, y: jax.Array) -> jax.Array:

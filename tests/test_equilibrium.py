@@ -1,0 +1,348 @@
+"""The EP gradient against closed forms, exact reverse-mode and its own definition."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    exact_gradient,
+    flat,
+    make_batch,
+    make_params,
+    one_hot,
+    reference_cost,
+    relative_error,
+)
+
+import ep_jax as ep
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def gradient(spec: ep.NetworkSpec, **settings: Any) -> Any:
+    """A jitted ``(params, xs, ys, beta, key) -> (grads, info)``, one compilation for all beta."""
+
+    @jax.jit
+    def run(params: Any, xs: Any, ys: Any, beta: Any = 0.1, key: Any = None) -> Any:
+        return ep.ep_gradient(params, spec, xs, ys, ep.Phases(beta=beta, **settings), key)
+
+    return run
+
+
+# A linear network: everything in closed form.
+
+
+class LinearNetwork:
+    """A dense linear network as one system ``s = M s + c + beta P (y - s)``, all in numpy."""
+
+    def __init__(self, params: Any, alpha: float, x: np.ndarray, y: np.ndarray) -> None:
+        self.W, b = ([np.asarray(p[name]) for p in params] for name in ("w", "b"))
+        self.alpha, self.x, self.y = alpha, x, y
+        self.ends = np.cumsum([w.shape[1] for w in self.W])
+        starts = self.ends - [w.shape[1] for w in self.W]
+        self.at = [slice(i, j) for i, j in zip(starts, self.ends, strict=True)]
+        n = self.ends[-1]
+        self.M, self.c = np.zeros((n, n)), np.concatenate(b)
+        self.c[self.at[0]] += x @ self.W[0]
+        for l in range(1, len(self.W)):
+            self.M[self.at[l], self.at[l - 1]] = self.W[l].T
+            self.M[self.at[l - 1], self.at[l]] = alpha * self.W[l]
+        self.P = np.zeros((n, n))
+        self.P[self.at[-1], self.at[-1]] = np.eye(len(y))
+        self.target = np.zeros(n)
+        self.target[self.at[-1]] = y
+
+    def rest(self, beta: float) -> np.ndarray:
+        """The fixed point under the nudge."""
+        A = np.eye(len(self.c)) - self.M + beta * self.P
+        return np.linalg.solve(A, self.c + beta * self.target)
+
+    def exact(self) -> Any:
+        """dC/dtheta at the free fixed point: ``(I - M)^T v = dC/ds``, then ``v . dF/dtheta``."""
+        s = self.rest(0)
+        v = np.linalg.solve((np.eye(len(s)) - self.M).T, self.P @ (s - self.target))
+        split, adjoint = [s[at] for at in self.at], [v[at] for at in self.at]
+        grads = [{"w": np.outer(self.x, adjoint[0]), "b": adjoint[0]}]
+        for l in range(1, len(self.W)):
+            w = np.outer(split[l - 1], adjoint[l])
+            w += self.alpha * np.outer(adjoint[l - 1], split[l])
+            grads.append({"w": w, "b": adjoint[l]})
+        return tuple(grads)
+
+    def phi_gradient(self, s: np.ndarray) -> Any:
+        """dPhi/dtheta, weighted by ``alpha^(l - L)``."""
+        L, split = len(self.W), [s[at] for at in self.at]
+        below = [self.x, *split[:-1]]
+        weights = [self.alpha ** (l + 1 - L) for l in range(L)]
+        return tuple(
+            {"w": a * np.outer(u, v), "b": a * v}
+            for a, u, v in zip(weights, below, split, strict=True)
+        )
+
+    def estimate(self, beta: float, symmetric: bool) -> Any:
+        """EP at finite beta, from the fixed points."""
+        other = self.rest(-beta if symmetric else 0)
+        span = 2 * beta if symmetric else beta
+        plus, minus = self.phi_gradient(self.rest(beta)), self.phi_gradient(other)
+        return jax.tree.map(lambda p, m: -(p - m) / span, plus, minus)
+
+
+@pytest.mark.parametrize(
+    ("feedback", "coordinates"), [(1.0, "absolute"), (0.3, "absolute"), (0.3, "displacement")]
+)
+def test_linear_network_in_closed_form(feedback: float, coordinates: Any) -> None:
+    """Any wrong sign, transpose or power of alpha in currents, nudge or estimator, at any beta."""
+    spec = ep.NetworkSpec(
+        (4,), (ep.Dense(5), ep.Dense(6), ep.Dense(3)), ep.Rate(activation="linear"),
+        feedback=feedback,
+    )  # fmt: skip
+    params, (xs, ys) = make_params(spec, seed=7, gain=0.4), make_batch(spec, 1)
+    net = LinearNetwork(params, feedback, np.asarray(xs[0]), np.asarray(one_hot(spec, ys)[0]))
+    phases = ep.Phases(300, 300, coordinates=coordinates)
+
+    @jax.jit
+    def states(beta: Any) -> Any:
+        free, _ = ep.free_phase(params, spec, xs[0], phases)
+        return free, ep.nudged_phase(params, spec, xs[0], ys[0], free, beta, phases)[0]
+
+    for beta in (0.5, -0.3):
+        for ours, strength in zip(states(beta), (0, beta), strict=True):
+            np.testing.assert_allclose(np.concatenate(ours), net.rest(strength), atol=1e-12)
+    # (I + beta G) (y - s_L) does not depend on beta, with G the response of s_L to a push on it.
+    G = np.linalg.inv(np.eye(14) - net.M)[net.at[-1], net.at[-1]]
+    misses = [net.y - net.rest(beta)[net.at[-1]] for beta in (0, 0.5)]
+    np.testing.assert_allclose(misses[0], misses[1] + 0.5 * G @ misses[1], atol=1e-12)
+    for estimator in ("symmetric", "one_sided"):
+        run = gradient(spec, free=300, nudged=300, estimator=estimator, coordinates=coordinates)
+        for beta in (0.5, 0.01):
+            grads, info = run(params, xs, ys, beta)
+            assert relative_error(grads, net.estimate(beta, estimator == "symmetric")) < 1e-9
+            np.testing.assert_allclose(info.cost, (misses[0] ** 2).sum() / 2, rtol=1e-12)
+            np.testing.assert_allclose(info.output[0], net.y - misses[0], atol=1e-12)
+    # With both errors at finite beta known, the limit is the closed form of the gradient.
+    assert relative_error(net.estimate(1e-4, True), net.exact()) < 1e-7
+    assert relative_error(net.estimate(0.5, True), net.exact()) > 1e-3
+
+
+# Exact reverse-mode through the relaxation.
+
+CONV = (ep.Conv(3, 3), ep.Dense(6), ep.Dense(3))
+DEEP = (ep.Conv(3, 2, padding="SAME"), ep.Conv(2, 3, pool=None), ep.Dense(3))
+MAX = (ep.Conv(3, 3, "max"), ep.Dense(5), ep.Dense(3))
+SMOOTH = {
+    "tanh": ("tanh", CONV, "squared_error", 1.0, "absolute"),
+    "sigmoid, cross-entropy": ("sigmoid", DEEP, "cross_entropy", 0.3, "absolute"),
+    "softplus, cross-entropy": ("softplus", CONV, "cross_entropy", 0.3, "displacement"),
+    "tanh, max pool": ("tanh", MAX, "squared_error", 0.3, "absolute"),
+}
+
+
+def slope(betas: tuple[float, ...], errors: list[float]) -> float:
+    return float(np.polyfit(np.log(betas), np.log(errors), 1)[0])
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_error_falls_as_theory_says(name: str) -> None:
+    """Any estimator that is only nearly the gradient of the cost.
+
+    Against reverse-mode through the converged relaxation: the symmetric estimate is an even
+    function of beta, so its error is of order beta squared; one-sided it is of order beta. The
+    read-out of cross-entropy, outside the dynamics, has the exact gradient.
+    """
+    activation, layers, cost, feedback, coordinates = SMOOTH[name]
+    spec = ep.NetworkSpec((8, 8, 1), layers, ep.Rate(activation=activation), cost, feedback)  # type: ignore[arg-type]
+    params, (xs, ys) = make_params(spec, seed=1, gain=0.7), make_batch(spec, 3)
+    exact = exact_gradient(params, spec, xs, ys, 120)
+    betas = (1e-1, 1e-2, 1e-3)
+    for estimator, order in (("symmetric", 2), ("one_sided", 1)):
+        run = gradient(spec, free=120, nudged=120, estimator=estimator, coordinates=coordinates)
+        grads = [run(params, xs, ys, beta)[0] for beta in betas]
+        inside = slice(None if cost == "squared_error" else -1)
+        errors = [relative_error(g[inside], exact[inside]) for g in grads]
+        assert abs(slope(betas, errors) - order) < 0.1, errors
+        if order == 2:
+            assert errors[-1] < 1e-5
+        if cost == "cross_entropy":
+            assert relative_error(grads[0][-1], exact[-1]) < 1e-10
+
+
+def test_hard_sigmoid_away_from_its_kinks() -> None:
+    """Clipped units that learn, or units beside them that do not, in either coordinates."""
+    spec = ep.NetworkSpec((8, 8, 1), CONV, ep.Rate(), feedback=0.5)
+    params, (xs, ys) = make_params(spec, seed=2, gain=0.5, bias=0), make_batch(spec, 3)
+    biases = (jnp.array([0.5, 2.0, -1.5]), jnp.array([0.5, 0.4, 2.5, -1.5, 0.6, 0.5]), jnp.zeros(3))
+    params = tuple({"w": p["w"], "b": b} for p, b in zip(params, biases, strict=True))
+    phases = ep.Phases(100, 100)
+
+    @jax.jit
+    @jax.vmap
+    def clipped(x: Any, y: Any) -> Any:
+        """Which units are clipped, free and at both nudges."""
+        free, _ = ep.free_phase(params, spec, x, phases)
+        nudged = [ep.nudged_phase(params, spec, x, y, free, b, phases)[0] for b in (0.02, -0.02)]
+        sides = [jnp.concatenate([v.ravel() for v in s[:-1]]) for s in (free, *nudged)]
+        return [jnp.where((s == 0) | (s == 1), s, -1) for s in sides]
+
+    free, *nudged = map(np.asarray, clipped(xs, ys))
+    assert (free == 0).sum() > 10  # kinks matter,
+    assert (free == 1).sum() > 10
+    assert (free == -1).sum() > 10
+    assert all((free == side).all() for side in nudged)  # and no unit crosses one
+    exact, betas = exact_gradient(params, spec, xs, ys, 100), (2e-2, 2e-3)
+    for coordinates in ("absolute", "displacement"):
+        run = gradient(spec, free=100, nudged=100, coordinates=coordinates)
+        errors = [relative_error(run(params, xs, ys, beta)[0], exact) for beta in betas]
+        assert abs(slope(betas, errors) - 2) < 0.1, errors
+        assert errors[-1] < 1e-5
+
+
+def test_coordinates_give_one_gradient() -> None:
+    """A second-order term that is missing: at small beta nobody would see it."""
+    layers = (ep.Dense(8), ep.Dense(7), ep.Dense(6), ep.Dense(3))
+    spec = ep.NetworkSpec((5,), layers, ep.Rate(), feedback=0.3)
+    params, (xs, ys) = make_params(spec, seed=3), make_batch(spec, 2)
+    for estimator in ("symmetric", "one_sided"):
+        absolute, displaced = (
+            gradient(spec, free=200, nudged=200, estimator=estimator, coordinates=c)
+            for c in ("absolute", "displacement")
+        )
+        for beta in (0.5, -0.05):
+            a, b = (run(params, xs, ys, beta)[0] for run in (absolute, displaced))
+            assert relative_error(b, a) < 1e-9
+
+
+# Estimators by their definition.
+
+
+def test_random_sign_draws_one_sided_estimates() -> None:
+    """Signs shared by the batch, or divided out wrongly.
+
+    Of each example the estimate is the one-sided one at +beta or -beta, and the mean of these two
+    is the symmetric estimate, as ``(psi(beta) + psi(-beta)) / 2`` is its definition.
+    """
+    spec = ep.NetworkSpec((5,), (ep.Dense(6), ep.Dense(3)), ep.Rate(), feedback=0.5)
+    params, (xs, ys) = make_params(spec), make_batch(spec, 3)
+    one_sided, symmetric, random_sign = (
+        gradient(spec, free=60, nudged=60, estimator=e)
+        for e in ("one_sided", "symmetric", "random_sign")
+    )
+    alone = [(xs[i : i + 1], ys[i : i + 1]) for i in range(3)]
+    sided = {
+        sign: [flat(one_sided(params, *one, sign * 0.2)[0]) for one in alone] for sign in (1, -1)
+    }
+    mean = np.mean([sided[1], sided[-1]], axis=(0, 1))
+    both = flat(symmetric(params, xs, ys, 0.2)[0])
+    np.testing.assert_allclose(both, mean, atol=1e-12)
+    drawn = set()
+    for seed in range(12):
+        estimate = flat(random_sign(params, xs, ys, 0.2, jax.random.key(seed))[0])
+        matches = [
+            signs
+            for signs in itertools.product((1, -1), repeat=3)
+            if np.allclose(
+                estimate, np.mean([sided[s][i] for i, s in enumerate(signs)], 0), atol=1e-12
+            )
+        ]
+        assert len(matches) == 1
+        drawn |= set(matches)
+    assert any(len(set(signs)) == 2 for signs in drawn)
+    assert len(drawn) > 3
+
+
+def test_batch_is_the_mean_of_its_examples() -> None:
+    """A sum for a mean, examples that see each other, one label or nudge for all."""
+    spec = ep.NetworkSpec((8, 8, 1), (ep.Conv(3, 3), ep.Dense(3)), ep.Rate(), "cross_entropy", 0.5)
+    params, (xs, ys) = make_params(spec), make_batch(spec, 3)
+    run = gradient(spec, free=8, nudged=6)
+    grads, info = run(params, xs, ys)
+    alone = [run(params, xs[i : i + 1], ys[i : i + 1]) for i in range(3)]
+    mean = np.mean([flat(g) for g, _ in alone], 0)
+    np.testing.assert_allclose(flat(grads), mean, atol=1e-12)
+    mean_info = jax.tree.map(lambda *v: sum(v) / 3, *[(i.cost, i.free, i.nudged) for _, i in alone])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12),
+        (info.cost, info.free, info.nudged),
+        mean_info,
+    )
+    np.testing.assert_allclose(info.output, jnp.concatenate([i.output for _, i in alone]))
+    # The cost is that of the answers.
+    last = lambda x: ep.free_phase(params, spec, x, ep.Phases(free=8))[0][-1]  # noqa: E731
+    s = jax.jit(jax.vmap(last))(xs)
+    costs = [reference_cost(params, spec, s[i], one_hot(spec, ys)[i]) for i in range(3)]
+    np.testing.assert_allclose(info.cost, np.mean(costs), rtol=1e-12)
+    logits = s.reshape(3, -1) @ params[-1]["w"] + params[-1]["b"]
+    np.testing.assert_allclose(info.output, logits, rtol=1e-12)
+    # Targets may be labels or one-hot.
+    again, _ = run(params, xs, one_hot(spec, ys))
+    np.testing.assert_allclose(flat(again), flat(grads), atol=1e-15)
+
+
+@pytest.mark.parametrize("cost", ["squared_error", "cross_entropy"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_gradient_has_the_tree_and_dtypes_of_the_parameters(dtype: Any, cost: Any) -> None:
+    """Gradients in another precision: optimisers would promote the parameters."""
+    spec = ep.NetworkSpec((5,), (ep.Dense(6), ep.Dense(3)), ep.DeltaCode(), cost)
+    params, (xs, ys) = make_params(spec), make_batch(spec, 2)
+    params = jax.tree.map(lambda a: a.astype(dtype), params)
+    for data in (xs.astype(dtype), xs.astype(jnp.float32)):
+        grads, _ = jax.eval_shape(
+            lambda p, xs: ep.ep_gradient(p, spec, xs, ys, ep.Phases(2, 2)), params, data
+        )
+        assert jax.tree.structure(grads) == jax.tree.structure(params)
+        for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
+            assert (g.dtype, g.shape) == (p.dtype, p.shape)
+
+
+# Noise.
+
+
+def test_phases_of_plus_and_minus_beta_share_their_noise() -> None:
+    """Two keys for the two nudged phases: their difference over 2 beta would be of order 1 / beta.
+
+    Example by example the noise is another one, and another key gives another estimate.
+    """
+    spec = ep.NetworkSpec((5,), (ep.Dense(8), ep.Dense(6), ep.Dense(3)), ep.Bernoulli())
+    params, (xs, ys) = make_params(spec), make_batch(spec, 3)
+    rate = ep.NetworkSpec(spec.input_shape, spec.layers, ep.Rate())
+    scale = np.linalg.norm(flat(exact_gradient(params, rate, xs, ys, 60)))
+    run = gradient(spec, free=30, nudged=20)
+    first, info = run(params, xs, ys, 1e-8, jax.random.key(0))
+    assert np.linalg.norm(flat(first)) < 100 * scale  # unshared: about 1e8
+    assert np.isfinite(flat(info._asdict())).all()
+    other, _ = run(params, xs, ys, 1e-8, jax.random.key(1))
+    assert relative_error(first, other) > 1e-3
+    same = run(params, jnp.stack([xs[0]] * 3), ys, 1e-8, jax.random.key(0))[1].output
+    assert np.abs(np.diff(same, axis=0)).max() > 1e-3
+
+
+def test_settled_delta_code_gives_the_gradient_of_rates() -> None:
+    """A spiking phase whose fixed point or read-out is another than that of rates.
+
+    With quanta down to 1e-9 both phases rest where rates do; one quantum over beta remains.
+    """
+    neuron = ep.DeltaCode(0.7, 0.8, 1.0, nudged_quantum=0.5, nudged_decay=0.8)
+    spec, rate = (
+        ep.NetworkSpec((8, 8, 1), CONV, n, feedback=0.2) for n in (neuron, ep.Rate())
+    )  # fmt: skip
+    params, (xs, ys) = make_params(spec, seed=5, gain=0.7), make_batch(spec, 2)
+    settings = {"free": 100, "nudged": 90, "sweep": "ordered"}
+    expected = gradient(rate, **settings)(params, xs, ys, 0.05)[0]
+    for coordinates in ("absolute", "displacement"):
+        run = gradient(spec, coordinates=coordinates, **settings)
+        assert relative_error(run(params, xs, ys, 0.05)[0], expected) < 1e-5
+
+
+def test_jit_changes_nothing() -> None:
+    """A gradient that depends on where the boundary of compilation is."""
+    spec = ep.NetworkSpec((5,), (ep.Dense(6), ep.Dense(3)), ep.Rate(), feedback=0.5)
+    params, (xs, ys) = make_params(spec), make_batch(spec, 2)
+    phases = ep.Phases(5, 4)
+    plain, _ = ep.ep_gradient(params, spec, xs, ys, phases)
+    jitted = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
+    static, _ = jitted(params, spec, xs, ys, phases)
+    np.testing.assert_allclose(flat(static), flat(plain), atol=1e-13)

@@ -1,0 +1,285 @@
+"""Wrong input is refused before anything runs: the message names it, what came and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ep_jax as ep
+
+SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(4), ep.Dense(3)), ep.Rate())
+PARAMS = tuple(
+    {"w": np.zeros(shape, np.float32), "b": np.zeros(shape[-1], np.float32)}
+    for shape in [(3, 3, 1, 2), (8, 4), (4, 3)]
+)
+STATE = tuple(np.zeros(shape, np.float32) for shape in [(2, 2, 2), (4,), (3,)])
+X = np.zeros((6, 6, 1), np.float32)
+XS, YS = np.zeros((5, 6, 6, 1), np.float32), np.array([0, 1, 2, 1, 0])
+MAX_POOLED = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3, "max"), ep.Dense(4), ep.Dense(3)), ep.Rate())
+NOISY = ep.NetworkSpec((6, 6, 1), SPEC.layers, ep.Bernoulli())
+PHASES = ep.Phases(2, 2)
+
+# Choices are checked at run time, where no type checker looks.
+Phases: Any = ep.Phases
+Spec: Any = ep.NetworkSpec
+Conv: Any = ep.Conv
+
+
+def changed(layer: int, name: str, value: Any) -> Any:
+    return tuple({**p, name: value} if l == layer else p for l, p in enumerate(PARAMS))
+
+
+def with_entry(array: np.ndarray, value: float) -> np.ndarray:
+    array = array.copy()
+    array.flat[3] = value
+    return array
+
+
+def gradient(**other: Any) -> Any:
+    settings = {"params": PARAMS, "spec": SPEC, "xs": XS, "ys": YS, "phases": PHASES, **other}
+    return ep.ep_gradient(**settings)
+
+
+def free(**other: Any) -> Any:
+    return ep.free_phase(**{"params": PARAMS, "spec": SPEC, "x": X, "phases": PHASES, **other})
+
+
+def nudged(**other: Any) -> Any:
+    settings = {
+        "params": PARAMS, "spec": SPEC, "x": X, "y": 1, "state": STATE, "beta": 0.1,
+        "phases": PHASES, **other,
+    }  # fmt: skip
+    return ep.nudged_phase(**settings)
+
+
+Case = tuple[Callable[[], Any], type[Exception], tuple[str, ...]]
+
+# What the message has to name: the argument, what came, what was expected.
+CASES: dict[str, Case] = {
+    # Inputs.
+    "x of another size": (
+        lambda: free(x=X[:5]), ValueError, ("x ", "(5, 6, 1)", "(6, 6, 1)")),
+    "x with a batch axis": (
+        lambda: free(x=XS), ValueError, ("x ", "(5, 6, 6, 1)", "(6, 6, 1)")),
+    "x of integers": (
+        lambda: free(x=X.astype(np.uint8)), TypeError, ("x ", "uint8", "floating-point")),
+    "x with NaN": (
+        lambda: nudged(x=with_entry(X, np.nan)), ValueError, ("x ", "1 values", "NaN", "finite")),
+    "x as a list": (
+        lambda: free(x=X.tolist()), TypeError, ("x ", "list", "(6, 6, 1)")),
+    "xs without a batch axis": (
+        lambda: gradient(xs=X), ValueError, ("xs ", "(6, 6, 1)", "(batch, 6, 6, 1)")),
+    "xs of another size": (
+        lambda: gradient(xs=XS[:, :4]), ValueError, ("xs ", "(5, 4, 6, 1)", "(batch, 6, 6, 1)")),
+    "xs of integers": (
+        lambda: gradient(xs=XS.astype(np.int32)), TypeError, ("xs ", "int32", "floating-point")),
+    "xs with NaN": (
+        lambda: gradient(xs=with_entry(XS, np.nan)), ValueError, ("xs ", "NaN", "finite")),
+    "xs with infinity": (
+        lambda: gradient(xs=with_entry(XS, np.inf)), ValueError, ("xs ", "infinite", "finite")),
+    "an empty batch": (
+        lambda: gradient(xs=XS[:0], ys=YS[:0]), ValueError, ("xs ", "no example", "at least one")),
+    # Targets.
+    "a negative label": (
+        lambda: gradient(ys=YS - 1), ValueError, ("ys ", "-1", "0 .. 2")),
+    "a label too large": (
+        lambda: gradient(ys=YS + 1), ValueError, ("ys ", "3", "0 .. 2")),
+    "labels for another batch": (
+        lambda: gradient(ys=YS[:4]), ValueError, ("ys ", "(4,)", "(5,)")),
+    "labels as floats": (
+        lambda: gradient(ys=YS * 1.0), ValueError, ("ys ", "float64", "integer")),
+    "one-hot targets of other classes": (
+        lambda: gradient(ys=np.zeros((5, 4))), ValueError, ("ys ", "(5, 4)", "(5, 3)")),
+    "one-hot targets with NaN": (
+        lambda: gradient(ys=with_entry(np.zeros((5, 3)), np.nan)), ValueError,
+        ("ys ", "NaN", "finite")),
+    "a label too large, alone": (
+        lambda: nudged(y=3), ValueError, ("y ", "3", "0 .. 2")),
+    "a target as text": (
+        lambda: nudged(y="cat"), TypeError, ("y ", "str", "labels")),
+    # Parameters.
+    "too few layers of params": (
+        lambda: free(params=PARAMS[:2]), ValueError, ("params ", "2 layers", "3 layers")),
+    "params of another network": (
+        lambda: gradient(params=changed(1, "w", np.zeros((9, 4)))), ValueError,
+        ("params[1]['w'] ", "(9, 4)", "(8, 4)")),
+    "a bias of another size": (
+        lambda: nudged(params=changed(2, "b", np.zeros(2))), ValueError,
+        ("params[2]['b'] ", "(2,)", "(3)")),
+    "params without a bias": (
+        lambda: free(params=({"w": 0}, *PARAMS[1:])), ValueError, ("params[0] ", "'w'", "'b'")),
+    "params with NaN": (
+        lambda: gradient(params=changed(0, "w", with_entry(PARAMS[0]["w"], np.nan))), ValueError,
+        ("params[0]['w'] ", "NaN", "finite")),
+    "params of integers": (
+        lambda: free(params=changed(0, "w", PARAMS[0]["w"].astype(int))), TypeError,
+        ("params[0]['w'] ", "int64", "floating-point")),
+    "params as a dict": (
+        lambda: free(params=PARAMS[0]), ValueError, ("params ", "dict", "3 layers")),
+    "a gain of zero": (
+        lambda: ep.init_params(jax.random.key(0), SPEC, gain=0.0), ValueError,
+        ("gain ", "0.0", "(0, inf]")),
+    # States.
+    "a state of another network": (
+        lambda: nudged(state=(*STATE[:2], STATE[1])), ValueError, ("state[2] ", "(4,)", "(3)")),
+    "too few layers of state": (
+        lambda: nudged(state=STATE[:2]), ValueError, ("state ", "2 layers", "3 arrays")),
+    "a state with NaN": (
+        lambda: ep.energy(PARAMS, SPEC, X, (with_entry(STATE[0], np.nan), *STATE[1:])), ValueError,  # type: ignore[arg-type]
+        ("state[0] ", "NaN", "finite")),
+    "phi of a wrong state": (
+        lambda: ep.phi(PARAMS, SPEC, X, STATE[::-1]), ValueError,  # type: ignore[arg-type]
+        ("state[0] ", "(3,)", "(2, 2, 2)")),
+    # Phases.
+    "beta of zero": (
+        lambda: Phases(beta=0.0), ValueError, ("Phases.beta ", "0", "other than 0")),
+    "beta of NaN": (
+        lambda: Phases(beta=np.nan), ValueError, ("Phases.beta ", "nan", "finite")),
+    "beta as text": (
+        lambda: Phases(beta="0.1"), TypeError, ("Phases.beta ", "'0.1'", "number")),
+    "a phase nudged by zero": (
+        lambda: nudged(beta=0), ValueError, ("beta ", "0", "other than 0")),
+    "a phase nudged by an array of zero": (
+        lambda: nudged(beta=np.zeros(())), ValueError, ("beta ", "0", "other than 0")),
+    "no free steps": (
+        lambda: Phases(free=0), ValueError, ("Phases.free ", "0", "at least 1")),
+    "negative nudged steps": (
+        lambda: Phases(nudged=-3), ValueError, ("Phases.nudged ", "-3", "at least 1")),
+    "steps as a float": (
+        lambda: Phases(free=10.0), TypeError, ("Phases.free ", "10.0", "integer")),
+    "steps as a bool": (
+        lambda: Phases(free=True), TypeError, ("Phases.free ", "True", "integer")),
+    "an unknown estimator": (
+        lambda: Phases(estimator="centered"), ValueError,
+        ("Phases.estimator ", "'centered'", "'symmetric'")),
+    "an unknown sweep": (
+        lambda: Phases(sweep="random"), ValueError, ("Phases.sweep ", "'random'", "'ordered'")),
+    "unknown coordinates": (
+        lambda: Phases(coordinates="polar"), ValueError,
+        ("Phases.coordinates ", "'polar'", "'displacement'")),
+    "phases as a dict": (
+        lambda: gradient(phases={"free": 2}), TypeError, ("phases ", "{'free': 2}", "Phases")),
+    "displacement with max pooling": (
+        lambda: gradient(spec=MAX_POOLED, phases=Phases(coordinates="displacement")), ValueError,
+        ("coordinates ", "'displacement'", "'max'", "'absolute'")),
+    "noise without a key": (
+        lambda: free(spec=NOISY), ValueError, ("key ", "None", "random key", "Bernoulli")),
+    "a gradient of noise without a key": (
+        lambda: gradient(spec=NOISY), ValueError, ("key ", "None", "random key", "Bernoulli")),
+    "random signs without a key": (
+        lambda: gradient(phases=Phases(2, 2, estimator="random_sign")), ValueError,
+        ("key ", "None", "random key", "random_sign")),
+    # Networks.
+    **{
+        f"feedback of {value}": (
+            lambda value=value: Spec((4,), (ep.Dense(2),), ep.Rate(), feedback=value), ValueError,
+            ("feedback ", str(value), "(0, 1]"))
+        for value in (0, -1, 1.5, np.nan)
+    },
+    "feedback as text": (
+        lambda: Spec((4,), (ep.Dense(2),), feedback="1"), TypeError,
+        ("feedback ", "'1'", "number")),
+    "an unknown cost": (
+        lambda: Spec((4,), (ep.Dense(2),), cost="mse"), ValueError,
+        ("cost ", "'mse'", "'squared_error'")),
+    "an unknown pool": (
+        lambda: Conv(2, 3, "mean"), ValueError, ("Conv.pool ", "'mean'", "'avg'")),
+    "an unknown padding": (
+        lambda: Conv(2, 3, padding="same"), ValueError, ("Conv.padding ", "'same'", "'SAME'")),
+    "an unknown activation": (
+        lambda: ep.Rate(activation="relu"), ValueError,
+        ("Rate.activation ", "'relu'", "'hard_sigmoid'")),
+    "a pool that does not divide": (
+        lambda: Spec((7, 6, 1), (ep.Conv(2, 3), ep.Dense(2))), ValueError,
+        ("Conv", "5x4", "(7, 6, 1)", "even")),
+    "a kernel larger than its input": (
+        lambda: Spec((6, 4, 1), (ep.Conv(2, 5), ep.Dense(2))), ValueError,
+        ("Conv", "kernel", "(6, 4, 1)")),
+    "a convolution on a vector": (
+        lambda: Spec((9,), (ep.Conv(2, 3), ep.Dense(2))), ValueError,
+        ("Conv", "(9,)", "(H, W, C)")),
+    "a convolution above a dense layer": (
+        lambda: Spec((9,), (ep.Dense(4), ep.Conv(2, 3), ep.Dense(2))), ValueError,
+        ("Conv", "(4,)", "(H, W, C)")),
+    "a convolution at the end": (
+        lambda: Spec((6, 6, 1), (ep.Conv(2, 3),)), ValueError, ("layers ", "Conv", "Dense")),
+    "no layers": (
+        lambda: Spec((4,), ()), TypeError, ("layers ", "()", "non-empty")),
+    "something else as a layer": (
+        lambda: Spec((4,), (3, ep.Dense(2))), TypeError, ("layers ", "3", "Dense")),
+    "a read-out with no dynamics": (
+        lambda: Spec((4,), (ep.Dense(2),), cost="cross_entropy"), ValueError,
+        ("layers ", "one layer", "expected two", "cross_entropy")),
+    "an input size of zero": (
+        lambda: Spec((0, 6, 1), (ep.Dense(2),)), ValueError, ("input_shape ", "0", "at least 1")),
+    "an input shape that is a number": (
+        lambda: Spec(4, (ep.Dense(2),)), TypeError, ("input_shape ", "4", "tuple")),
+    "a class for a neuron": (
+        lambda: Spec((4,), (ep.Dense(2),), "Rate"), TypeError,
+        ("neuron ", "'Rate'", "ep_jax.Rate()")),
+    "no features": (
+        lambda: ep.Dense(0), ValueError, ("Dense.features ", "0", "at least 1")),
+    "a kernel of zero": (
+        lambda: Conv(2, 0), ValueError, ("Conv.kernel ", "0", "at least 1")),
+    # Neurons.
+    "a step size of zero": (
+        lambda: ep.Rate(0.0), ValueError, ("Rate.epsilon ", "0.0", "(0, 1]")),
+    "a step size above one": (
+        lambda: ep.SigmaDelta(epsilon=1.5), ValueError, ("SigmaDelta.epsilon ", "1.5", "(0, 1]")),
+    "no leak": (
+        lambda: ep.SigmaDelta(lam=0.0), ValueError, ("SigmaDelta.lam ", "0.0", "(0, 1]")),
+    "a growing step size": (
+        lambda: ep.Rate(epsilon_power=-1.0), ValueError,
+        ("Rate.epsilon_power ", "-1.0", "[0, inf]")),
+    "a mean of nothing": (
+        lambda: ep.SigmaDelta(average=0), ValueError, ("SigmaDelta.average ", "0", "at least 1")),
+    "a quantum of zero": (
+        lambda: ep.DeltaCode(quantum=0.0), ValueError, ("DeltaCode.quantum ", "0.0", "(0, inf]")),
+    "a growing quantum": (
+        lambda: ep.DeltaCode(decay=1.1), ValueError, ("DeltaCode.decay ", "1.1", "(0, 1]")),
+    "a negative lag": (
+        lambda: ep.DeltaCode(lag=-1.0), ValueError, ("DeltaCode.lag ", "-1.0", "[0, inf]")),
+    "a leak that is no switch": (
+        lambda: ep.DeltaCode(leak=0.1), ValueError, ("DeltaCode.leak ", "0.1", "True")),  # type: ignore[arg-type]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check that is missing, comes after the phases were built, or leaves the user guessing."""
+
+    def build(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a phase was built from wrong input")
+
+    monkeypatch.setattr(jax.lax, "scan", build)
+    call, error, said = CASES[name]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert message.startswith(said[0]), message
+    assert [part for part in said if part not in message] == [], message
+
+
+def test_right_input_is_let_through() -> None:
+    """Checks that refuse what fits: labels of any integer type, lists, numpy or jax arrays."""
+    labels = YS.astype(np.uint8), jnp.asarray(YS), YS.tolist()
+    for ys in (*labels, np.eye(3)[YS], np.eye(3, dtype=int)[YS]):
+        jax.eval_shape(lambda ys=ys: gradient(ys=ys))
+    for y in (1, np.int64(1), jnp.asarray(1), np.array([0.2, 0.8, 0.0])):
+        jax.eval_shape(lambda y=y: nudged(y=y, beta=jnp.asarray(-0.5)))
+    jax.eval_shape(lambda: gradient(params=list(PARAMS)))
+
+
+def test_shapes_are_checked_under_jit() -> None:
+    """Checks that hold outside ``jit`` only, where a wrong batch would broadcast."""
+    with pytest.raises(ValueError, match=r"ys has shape \(4,\)"):
+        jax.jit(lambda ys: gradient(ys=ys))(YS[:4])
+    with pytest.raises(ValueError, match=r"xs has shape \(6, 6, 1\)"):
+        jax.jit(lambda xs: gradient(xs=xs))(X)
+    with pytest.raises(TypeError, match="xs has dtype uint8"):
+        jax.jit(lambda xs: gradient(xs=xs))(XS.astype(np.uint8))

@@ -1,0 +1,213 @@
+"""Whole runs: the files they leave, resuming, diverging, and the two scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import ep_jax as ep
+from ep_jax import run, training
+from ep_jax.data import load
+from ep_jax.presets import PRESETS, Config
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dataclasses.replace(
+    PRESETS["digits"],
+    epochs=3,
+    batch=100,
+    channels=(4,),
+    kernels=(3,),
+    hidden=(16,),
+    phases=ep.Phases(free=6, nudged=4, sweep="alternating", coordinates="displacement"),
+)
+
+
+def train(config: Config, out: Path, **options: Any) -> dict[str, Any]:
+    return run.train(config, out, console=Console(file=io.StringIO()), **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of a tiny network."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(TINY, out)
+    return out
+
+
+def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
+    """Result, metrics, weights and figures, with what is needed to repeat it."""
+    result = json.loads((finished / "result.json").read_text())
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [m["epoch"] for m in metrics] == [1, 2, 3]
+    assert [m["val_error"] for m in metrics] == result["val_error"]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert result["config"]["seed"] == result["seed"] == 0
+    assert result["seconds_per_epoch"] > 0
+    assert {"commit", "versions", "device", "test_error", "test_error_4x"} <= result.keys()
+    assert {p.stem for p in (finished / "figures").glob("*.png")} == {
+        "learning_curve",
+        "relaxation",
+        "raster",
+        "filters",
+    }
+
+
+def test_the_result_is_what_the_weights_give(finished: Path) -> None:
+    """Weights loaded by anyone answer the test set as the result says."""
+    params, spec, phases = ep.load_weights(finished)
+    data = load("digits")
+    result = json.loads((finished / "result.json").read_text())
+    answers, _ = training.predict(params, spec, phases, data.test_images)
+    assert training.error_rate(answers, data.test_labels) == result["test_error"]
+    longer = dataclasses.replace(phases, free=4 * phases.free)
+    answers, _ = training.predict(params, spec, longer, data.test_images)
+    assert training.error_rate(answers, data.test_labels) == result["test_error_4x"]
+
+
+class KilledError(Exception):
+    """Stands for a machine that went away."""
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the third epoch, resumed: every bit of the weights and every metric is the same."""
+    predict, calls = training.predict, []
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KilledError
+        return predict(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "predict", dies)
+        with pytest.raises(KilledError):
+            train(TINY, tmp_path / "out")
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "out" / "result.json").exists()
+    train(TINY, tmp_path / "out", resume=True)
+    with np.load(finished / "weights.npz") as a, np.load(tmp_path / "out" / "weights.npz") as b:
+        for name in a.files:
+            np.testing.assert_array_equal(a[name], b[name])
+    whole, resumed = (
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (finished, tmp_path / "out")
+    )
+    for x, y in zip(whole, resumed, strict=True):
+        assert {k: v for k, v in x.items() if k != "seconds"} == {
+            k: v for k, v in y.items() if k != "seconds"
+        }
+
+
+def test_a_run_is_never_overwritten(finished: Path) -> None:
+    """Without --resume a folder that holds a run is refused, and left as it was."""
+    before = (finished / "weights.npz").read_bytes()
+    with pytest.raises(FileExistsError, match=r"out is .* holds a run; expected a new folder"):
+        train(TINY, finished)
+    assert (finished / "weights.npz").read_bytes() == before
+
+
+def test_another_runs_checkpoint_is_refused(finished: Path) -> None:
+    """What differs is named."""
+    other = dataclasses.replace(TINY, hidden=(17,))
+    with pytest.raises(ValueError, match=r"hidden was \[16\] and is now \[17\]"):
+        train(other, finished, resume=True)
+
+
+def test_an_unreadable_checkpoint_is_an_error(tmp_path: Path) -> None:
+    """Not a silent fresh start, which would lose the run."""
+    out = tmp_path / "out"
+    train(dataclasses.replace(TINY, epochs=1), out)
+    damaged = 0
+    for path in (out / "checkpoints").rglob("*"):
+        if path.is_file() and "record" in path.parts[-2]:
+            path.write_bytes(b"\x00")
+            damaged += 1
+    assert damaged
+    with pytest.raises(ValueError, match=r"checkpoints.* is unreadable or foreign"):
+        train(dataclasses.replace(TINY, epochs=1), out, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:overflow|invalid:RuntimeWarning")
+def test_a_run_that_diverges_says_where_and_writes_no_result(tmp_path: Path) -> None:
+    """No NaN ever reaches a result."""
+    hopeless = dataclasses.replace(TINY, learning_rate=1e30, steps_per_dispatch=4)
+    with pytest.raises(run.DivergedError, match=r"epoch 1, step \d+: loss .* layers \["):
+        train(hopeless, tmp_path / "out")
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert not (tmp_path / "out" / "weights.npz").exists()
+
+
+def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / name), *words], capture_output=True, text=True
+    )
+
+
+def test_evaluate_script_agrees_with_the_result(finished: Path, tmp_path: Path) -> None:
+    """What a reader runs to check a claim."""
+    out = tmp_path / "out.json"
+    done = script(
+        "evaluate.py", "--weights", str(finished), "--dataset", "digits", "--json", str(out)
+    )
+    assert done.returncode == 0, done.stderr
+    checked = json.loads(out.read_text())
+    result = json.loads((finished / "result.json").read_text())
+    assert checked["test_error"] == result["test_error"]
+    assert checked["test_error_4x"] == result["test_error_4x"]
+
+
+def test_train_script_overrides_a_preset(tmp_path: Path) -> None:
+    """The command of the README, with fields overridden at every level."""
+    done = script(
+        "train.py",
+        *("--preset", "digits", "--seed", "3", "--epochs", "1", "--out", str(tmp_path / "out")),
+        *("--channels", "4", "--kernels", "3", "--hidden", "16", "--feedback", "0.2"),
+        *("--phases.free", "6", "--delta-code.decay", "0.5"),
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "result.json").read_text())["config"]
+    assert (config["seed"], config["epochs"], config["channels"]) == (3, 1, [4])
+    assert (config["phases"]["free"], config["delta_code"]["decay"]) == (6, 0.5)
+    assert "loss" in done.stdout
+    assert "residual" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "nope"], "invalid choice: 'nope'"),
+        (["--feedback", "2"], "feedback is 2.0; expected a finite number in (0, 1]"),
+        (["--phases.beta", "0"], "beta is 0"),
+        (["--kernels", "3"], "expected one kernel for each"),
+        (["--padding", "VALID", "--kernels", "2", "2"], "does not divide"),
+        (["--dataset", "mnist", "--data-dir", "/nowhere"], "download_and_prepare"),
+    ],
+)
+def test_train_script_explains_bad_input(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, no traceback, before anything is compiled."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script_module = importlib.import_module("train")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit) as stopped:
+        script_module.main()
+    shown = " ".join((str(stopped.value) + capsys.readouterr().err).split())
+    assert message in shown
+    assert not (tmp_path / "out").exists()
