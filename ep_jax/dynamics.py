@@ -207,8 +207,8 @@ def _relax(
                 spikes[l] = sent
         return new, spikes
 
-    def body(carry: Any, t: jax.Array) -> tuple[Any, Any]:
-        states, _, _, counts = carry
+    def body(carry: Any, _: None) -> tuple[Any, Any]:
+        t, states, _, _, counts = carry
         new, spikes = sweep(states, t)
 
         def measure() -> tuple[jax.Array, jax.Array]:
@@ -229,11 +229,12 @@ def _relax(
             full = tuple(jnp.broadcast_to(q, s.shape) for q, s in zip(spikes, start, strict=True))
             state = network.unpack(spec, tuple(state.s for state in new))
             seen = trace(Snapshot(t, state, network.unpack(spec, full), residual))
-        return (new, residual, moving, counts), seen
+        return (t + 1, new, residual, moving, counts), seen
 
     states = [neuron.start(s, i) for s, i in zip(start, start_currents, strict=True)]
-    carry = (states, zero, zero, [zero] * depth)
-    (states, residual, moving, counts), seen = jax.lax.scan(body, carry, jnp.arange(steps))
+    # The clock is carried too: as a scanned input it would take memory for each sweep.
+    carry = (jnp.zeros((), jnp.int32), states, zero, zero, [zero] * depth)
+    (_, states, residual, moving, counts), seen = jax.lax.scan(body, carry, length=steps)
     state = tuple(neuron.readout(state) for state in states)
     return state, PhaseInfo(residual, moving, tuple(counts), seen)
 

@@ -9,7 +9,7 @@ state ``s`` towards its equilibrium; they differ in what they tell their neighbo
 - `SigmaDelta`: spikes, decoded by a leaky trace (O'Connor, Gavves & Welling, AISTATS 2019; the
   neuron of Lin, Bal & Sengupta, ICONS 2024).
 - `DeltaCode`: spikes that tell what the receivers do not know yet, at a resolution that a global
-  clock refines; silent and exact at rest.
+  clock refines; a fixed point, exact in the limit.
 - `Bernoulli`: random spikes whose rate is the state.
 
 The damped step itself comes from the phase, as a function ``relax(s, current, epsilon)``: it knows
@@ -266,7 +266,7 @@ class SigmaDeltaState(NamedTuple):
     Attributes:
         s: analog state.
         error: what the quantiser has not sent yet, ``phi`` in [-1/2, 1/2].
-        spikes: the last spikes, ``q``.
+        spikes: the last spikes, ``q``; at the start of a phase the analog signal they stand for.
         trace: the decoded current, ``u``.
         mean: running average of ``s`` over the last steps of the phase.
     """
@@ -345,7 +345,7 @@ class SigmaDelta:
     def start(self, s: jax.Array, current: jax.Array) -> SigmaDeltaState:
         """See `Neuron`."""
         nothing = jnp.zeros_like(s)
-        return SigmaDeltaState(s, nothing, nothing, current, s)
+        return SigmaDeltaState(s, error=nothing, spikes=s, trace=current, mean=s)
 
     def step(
         self,
@@ -401,8 +401,10 @@ class DeltaCode:
 
     Receivers hold ``I(r)``, to which a spike adds its weight times ``delta_t``. Without leak
     (``l_t = 0``) ``Q = clip(round(.), -1, 1)`` is a ternary code. With leak (``l_t = delta_t``)
-    ``Q = 1[. > 1/2]`` is a binary sigma-delta code with a closed loop. At rest nobody spikes: the
-    network settles at a fixed point, and the error falls as ``decay^t``.
+    ``Q = 1[. > 1/2]`` is a binary sigma-delta code with a closed loop. The network settles at a
+    fixed point, not in a limit cycle, and the error falls as ``decay^t``. A neuron that has told
+    all it knows is silent: without leak, everyone at a constant quantum, and at a decaying one
+    those that rest at a bound; the others send ever smaller quanta.
 
     In the free phase the quantum is ``quantum * decay^max(0, t - lag * (l - 1))``: deeper layers
     refine later, since they move later. In the nudged phase it is ``nudged_quantum *
@@ -438,6 +440,8 @@ class DeltaCode:
             check_number(f"DeltaCode.{name}", getattr(self, name), above=0.0, at_most=1.0)
         check_non_negative("DeltaCode.lag", self.lag)
         check_choice("DeltaCode.leak", self.leak, (True, False))
+        if self.leak:  # the quantum is the leak as well
+            check_number("DeltaCode.quantum", self.quantum, above=0.0, at_most=1.0)
 
     def resolution(self, clock: Clock, dtype: jnp.dtype) -> jax.Array:
         """The quantum ``delta_t`` of a step."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,14 @@ def images_and_labels(count: int = 12) -> tuple[jax.Array, jax.Array]:
     )
 
 
+def update(
+    optimizer: optax.GradientTransformation, grads: ep.Params, state: Any, params: ep.Params
+) -> tuple[ep.Params, Any]:
+    """``optimizer.update``, whose updates have the type of the parameters."""
+    updates, state = optimizer.update(grads, state, params)
+    return cast(ep.Params, updates), state
+
+
 def test_an_epoch_holds_every_example_and_equal_dispatches() -> None:
     """Would catch a dropped remainder, which hides images from training."""
     batches = training.epoch_batches(
@@ -38,15 +48,15 @@ def test_an_epoch_holds_every_example_and_equal_dispatches() -> None:
 def test_learning_rate_per_layer_and_schedule() -> None:
     """Adam's first step is the learning rate times the sign; the cosine ends at 0."""
     params = ({"w": jnp.ones(3), "b": jnp.ones(1)}, {"w": jnp.ones(2), "b": jnp.ones(1)})
-    grads = jax.tree.map(lambda p: 7.0 * p, params)
+    grads: ep.Params = jax.tree.map(lambda p: 7.0 * p, params)
     optimizer = training.make_optimizer(0.01, 10, layer_rates=(1.0, 0.25))
     state = optimizer.init(params)
-    first, state = optimizer.update(grads, state, params)
+    first, state = update(optimizer, grads, state, params)
     np.testing.assert_allclose(first[0]["w"], -0.01, rtol=1e-5)
     np.testing.assert_allclose(first[1]["b"], -0.0025, rtol=1e-5)
     for _ in range(9):
-        _, state = optimizer.update(grads, state, params)
-    last, _ = optimizer.update(grads, state, params)
+        _, state = update(optimizer, grads, state, params)
+    last, _ = update(optimizer, grads, state, params)
     assert float(jnp.abs(last[0]["w"]).max()) == 0.0
 
 
@@ -54,9 +64,8 @@ def test_weight_decay_spares_biases() -> None:
     """With no gradient AdamW moves weights by -rate * decay * w and nothing else."""
     params = ({"w": jnp.full(3, 2.0), "b": jnp.full(1, 2.0)},)
     optimizer = training.make_optimizer(0.01, 10, layer_rates=(1.0,), weight_decay=0.1)
-    updates, _ = optimizer.update(
-        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
-    )
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = update(optimizer, nothing, optimizer.init(params), params)
     np.testing.assert_allclose(updates[0]["w"], -0.01 * 0.1 * 2.0, rtol=1e-6)
     np.testing.assert_allclose(updates[0]["b"], 0.0)
 
