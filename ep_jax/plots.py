@@ -61,11 +61,12 @@ def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     loss.semilogy(epochs, [r["residual"] for r in history], "o--", ms=3, label="residual")
     loss.set(title="training loss, residual of the free phase")
     loss.legend()
-    error.semilogy(fine, np.maximum(curve["error"], 1e-2), alpha=0.6, label="training, running")
+    error.plot(fine, curve["error"], alpha=0.6, label="training, running")
     validation = [(r["epoch"], r["val_error"]) for r in history if r["val_error"] is not None]
     if validation:
-        error.semilogy(*zip(*validation, strict=True), "o-", ms=3, label="validation")
-    error.set(ylabel="per cent", title="error")
+        error.plot(*zip(*validation, strict=True), "o-", ms=3, label="validation")
+    error.set_yscale("symlog", linthresh=1.0)  # logarithmic above 1 %, and shows 0
+    error.set(ylabel="per cent", title="error", ylim=(0, None))
     error.legend()
     for phase in ("free", "nudged"):
         totals = [r[f"spikes_{phase}"] for r in history]

@@ -250,7 +250,7 @@ def predict(
     phases: Phases,
     images: np.ndarray | jax.Array,
     key: jax.Array | None = None,
-    batch: int = 250,
+    batch: int = 100,
 ) -> tuple[np.ndarray, PhaseInfo]:
     """The answers of the network to uint8 images: argmax after ``phases.free`` sweeps.
 
@@ -286,4 +286,4 @@ def predict(
 
 def error_rate(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Share of wrong predictions, in per cent."""
-    return 100.0 * float(np.mean(predictions != labels))
+    return 100.0 * int(np.count_nonzero(predictions != labels)) / len(labels)
