@@ -9,7 +9,7 @@ from ep_jax.dynamics import PhaseInfo, Phases, Snapshot, free_phase, nudged_phas
 from ep_jax.gradients.equilibrium import GradientInfo, ep_gradient
 from ep_jax.layers import Conv, Dense
 from ep_jax.network import LayerParams, NetworkSpec, Params, State, energy, init_params, phi
-from ep_jax.neurons import Bernoulli, DeltaCode, Neuron, Rate, SigmaDelta
+from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
 
 __all__ = [
     "Bernoulli",
@@ -17,6 +17,7 @@ __all__ = [
     "DeltaCode",
     "Dense",
     "GradientInfo",
+    "IntegrateFire",
     "LayerParams",
     "NetworkSpec",
     "Neuron",

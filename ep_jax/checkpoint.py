@@ -23,15 +23,18 @@ import orbax.checkpoint as ocp
 from ep_jax.dynamics import Phases
 from ep_jax.layers import Conv, Dense
 from ep_jax.network import NetworkSpec, Params, check_params
-from ep_jax.neurons import Bernoulli, DeltaCode, Rate, SigmaDelta
+from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Rate, SigmaDelta
 from ep_jax.training import TrainState
 
 FORMAT = 1
 """Version of what is written; a newer one is refused."""
 
 _RECORDS = {
-    c.__name__: c
-    for c in (NetworkSpec, Conv, Dense, Phases, Rate, SigmaDelta, DeltaCode, Bernoulli)
+    record.__name__: record
+    for record in (
+        *(NetworkSpec, Conv, Dense, Phases),
+        *(Rate, SigmaDelta, DeltaCode, Bernoulli, IntegrateFire),
+    )
 }
 
 

@@ -11,6 +11,7 @@ state ``s`` towards its equilibrium; they differ in what they tell their neighbo
 - `DeltaCode`: spikes that tell what the receivers do not know yet, at a resolution that a global
   clock refines; a fixed point, exact in the limit.
 - `Bernoulli`: random spikes whose rate is the state.
+- `IntegrateFire`: spikes of a leaky membrane whose trace is the state.
 
 The damped step itself comes from the phase, as a function ``relax(s, current, epsilon)``: it knows
 input, bias, nudge and bounds, and whether ``s`` is a state or (in displacement coordinates) the
@@ -564,5 +565,101 @@ class Bernoulli:
         return state.spikes
 
     def readout(self, state: BernoulliState) -> jax.Array:
+        """See `Neuron`."""
+        return state.mean
+
+
+class IntegrateFireState(NamedTuple):
+    """State of an `IntegrateFire` layer.
+
+    Attributes:
+        s: the trace of the spikes, ``A / N``.
+        membrane: potential ``V``.
+        total: ``A``, the leaky sum of the spikes.
+        steps: ``N``, the leaky number of steps; a scalar.
+        spikes: the last spikes; at the start of a phase the analog signal they stand for.
+        mean: running average of ``s`` over the last steps of the phase.
+    """
+
+    s: jax.Array
+    membrane: jax.Array
+    total: jax.Array
+    steps: jax.Array
+    spikes: jax.Array
+    mean: jax.Array
+
+
+@dataclass(frozen=True)
+class IntegrateFire:
+    """Leaky integrate-and-fire neurons with a reset by subtraction and a trace.
+
+    With ``d = clip(I(q) + b + nudge, 0, 1)`` and threshold 1::
+
+        V = leak V + d,   q = 1[V >= 1],   V = V - q
+        A = leak A + q,   N = leak N + 1,  s = A / N
+
+    Membrane and trace leak alike, so ``s`` differs from the leaky average of ``d`` by ``V / N``
+    alone: at equilibrium ``s = clip(I(s) + b + nudge, 0, 1)`` up to ``1 - leak``. It needs some
+    times ``1 / (1 - leak)`` steps. A spike train is never negative, so an output unit is bounded,
+    too. In displacement coordinates, where values have either sign, the neuron sends signed spikes
+    of `nudged_quantum`.
+
+    Attributes:
+        leak: factor on membrane and trace a step, in (0, 1].
+        nudged_quantum: quantum of the signed code in displacement coordinates.
+        average: number of last steps the read-out averages.
+
+    Example:
+        >>> IntegrateFire(leak=0.98).average
+        20
+    """
+
+    leak: float = 0.97
+    nudged_quantum: float = 0.1
+    average: int = 20
+    activation = "hard_sigmoid"
+    stochastic = False
+
+    def __post_init__(self) -> None:
+        check_number("IntegrateFire.leak", self.leak, above=0.0, at_most=1.0)
+        check_number("IntegrateFire.nudged_quantum", self.nudged_quantum, above=0.0)
+        check_integer("IntegrateFire.average", self.average, at_least=1)
+
+    def start(self, s: jax.Array, current: jax.Array) -> IntegrateFireState:
+        """See `Neuron`."""
+        del current
+        return IntegrateFireState(
+            s, membrane=jnp.zeros_like(s), total=s, steps=jnp.ones((), s.dtype), spikes=s, mean=s
+        )
+
+    def step(
+        self,
+        state: IntegrateFireState,
+        current: jax.Array,
+        relax: Relax,
+        clock: Clock,
+        key: jax.Array | None,
+    ) -> tuple[IntegrateFireState, jax.Array]:
+        """See `Neuron`."""
+        del key
+        quantum = self.nudged_quantum if clock.displaced else 1.0
+        membrane = self.leak * state.membrane + relax(state.s, current, 1.0)
+        if clock.displaced:
+            number = jnp.round(membrane / quantum)
+        else:
+            number = (membrane >= 1.0).astype(membrane.dtype)
+        # An output unit is not clipped, and cannot tell what is beyond its range.
+        left = jnp.clip(membrane - quantum * number, -quantum, quantum)
+        total = self.leak * state.total + quantum * number
+        steps = self.leak * state.steps + 1.0
+        s = total / steps
+        mean = _running_mean(state.mean, s, clock, self.average)
+        return IntegrateFireState(s, left, total, steps, quantum * number, mean), number
+
+    def signal(self, state: IntegrateFireState) -> jax.Array:
+        """See `Neuron`."""
+        return state.spikes
+
+    def readout(self, state: IntegrateFireState) -> jax.Array:
         """See `Neuron`."""
         return state.mean

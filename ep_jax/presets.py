@@ -14,9 +14,9 @@ from ep_jax.data import DATASETS
 from ep_jax.dynamics import Phases
 from ep_jax.layers import Conv, Dense, Layer
 from ep_jax.network import NetworkSpec
-from ep_jax.neurons import Bernoulli, DeltaCode, Neuron, Rate, SigmaDelta
+from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
 
-NEURONS = ("rate", "sigma_delta", "delta_code", "bernoulli")
+NEURONS = ("rate", "sigma_delta", "delta_code", "bernoulli", "integrate_fire")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Config:
     feedback: float = 0.1
     """Feedback strength alpha in (0, 1]; 1 is the papers' network."""
 
-    neuron: Literal["rate", "sigma_delta", "delta_code", "bernoulli"] = "delta_code"
+    neuron: Literal["rate", "sigma_delta", "delta_code", "bernoulli", "integrate_fire"] = (
+        "delta_code"
+    )
     """Neuron model; its own settings are below."""
     rate: Rate = field(default_factory=Rate)
     """Settings of rate neurons."""
@@ -65,6 +67,8 @@ class Config:
     """Settings of the delta code (closed loop)."""
     bernoulli: Bernoulli = field(default_factory=Bernoulli)
     """Settings of Bernoulli neurons."""
+    integrate_fire: IntegrateFire = field(default_factory=IntegrateFire)
+    """Settings of integrate-and-fire neurons."""
 
     phases: Phases = field(
         default_factory=lambda: Phases(

@@ -27,6 +27,7 @@ SPECS = [
     ),
     ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.DeltaCode(leak=True)),
     ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.Bernoulli(average=3)),
+    ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.IntegrateFire(leak=0.9)),
 ]
 PHASES = ep.Phases(free=7, nudged=3, beta=-0.2, estimator="one_sided", sweep="ordered")
 

@@ -268,6 +268,42 @@ def test_bernoulli_spikes_are_unbiased(displaced: bool) -> None:
     assert (np.abs(q.mean(0) - values) <= 5 * deviation + 1e-12).all()
 
 
+# Integrate-and-fire: what goes into the membrane comes out as spikes.
+
+
+@pytest.mark.parametrize("displaced", [False, True])
+@given(d=fractions)
+def test_integrate_fire_conserves_its_input(displaced: bool, d: np.ndarray) -> None:
+    """Trace and membrane share what came in: a reset to 0, unequal leaks, a late threshold."""
+    neuron = ep.IntegrateFire(leak=0.9, nudged_quantum=0.25)
+    drive = 2 * d - 1 if displaced else d
+    now = clock(displaced=displaced, nudged=displaced)
+
+    def step(state: Any, value: jax.Array) -> Any:
+        state, _ = neuron.step(state, jnp.zeros(1), impose(value[None]), now, None)
+        return state, (state.s, state.membrane, state.steps)
+
+    start = neuron.start(jnp.zeros(1), jnp.zeros(1))
+    s, membrane, steps = jax.lax.scan(step, start, jnp.asarray(drive))[1]
+    powers = 0.9 ** np.arange(STEPS)
+    came = np.array([drive[: t + 1][::-1] @ powers[: t + 1] for t in range(STEPS)])
+    np.testing.assert_allclose(steps, np.cumsum(powers) + 0.9 * powers, rtol=1e-12)
+    np.testing.assert_allclose(s[:, 0] * steps + membrane[:, 0], came, atol=1e-12)
+    low, high = (-0.125, 0.125) if displaced else (0.0, 1.0)
+    assert (membrane >= low - 1e-12).all()
+    assert (membrane <= high + 1e-12).all()
+
+
+def test_integrate_fire_settles_where_rates_do() -> None:
+    """An output layer under a constant input: the trace is its clipped drive, to the leak."""
+    spec = ep.NetworkSpec((1,), (ep.Dense(4),), ep.IntegrateFire(leak=0.99, average=1))
+    drive = jnp.array([-0.5, 0.3, 0.8, 1.7])
+    params = ({"w": drive[None], "b": jnp.zeros(4)},)
+    state, _ = ep.free_phase(params, spec, jnp.ones(1), ep.Phases(free=1000))
+    # |s - clip(drive)| <= |V| / N, with |V| <= 1 and N = 1 / (1 - leak).
+    np.testing.assert_allclose(state[0], jnp.clip(drive, 0, 1), atol=0.0101)
+
+
 # Whole phases of dense networks, step by step in numpy.
 
 

@@ -18,7 +18,7 @@ In displacement coordinates the difference is never formed as one::
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -117,10 +117,9 @@ def ep_gradient(
     ys = targets(spec, ys, xs.dtype, (batch,))
     sign_key, phase_key = (None, None) if key is None else jax.random.split(key)
     betas = nudges(phases, batch, xs.dtype, sign_key)
-    keys = None
+    free_keys, nudged_keys = None, None
     if spec.neuron.stochastic and phase_key is not None:
-        keys = jax.vmap(jax.random.split)(jax.random.split(phase_key, batch))  # free, nudged
-    free_keys, nudged_keys = (None, None) if keys is None else (keys[:, 0], keys[:, 1])
+        free_keys, nudged_keys = jax.random.split(phase_key, (2, batch))
 
     links = network.link(params, spec)
     drives = jax.vmap(lambda x: network.input_drive(spec, links, x))(xs)
@@ -128,40 +127,8 @@ def ep_gradient(
         lambda drive, key: dynamics.settle_free(spec, links, drive, phases, key)
     )(drives, free_keys)
 
-    displaced = phases.coordinates == "displacement"
-    if displaced:
-        base = jax.vmap(lambda drive, s: dynamics.base_of(spec, links, drive, s))(drives, free)
-        nudged, nudged_info = _each(
-            lambda beta, y, base, key: dynamics.settle_displacement(
-                spec, links, y, base, beta, phases, key
-            ),
-            (betas,),
-            (ys, base, nudged_keys),
-        )
-    else:
-        base = None
-        nudged, nudged_info = _each(
-            lambda beta, drive, y, s, key: dynamics.settle_nudged(
-                spec, links, drive, y, s, beta, phases, key
-            ),
-            (betas,),
-            (drives, ys, free, nudged_keys),
-        )
-
-    def mean_psi(params: Params) -> jax.Array:
-        links = network.link(params, spec)
-        if base is not None:
-            psi = _each(
-                lambda beta, d, x, b: displacement_psi(spec, links, x, b, d, beta),
-                (betas, nudged),
-                (xs, base),
-            )
-            return jnp.mean(psi)
-        phi_of = jax.vmap(lambda x, s: network.working_phi(spec, links, x, s))
-        total = jnp.mean(jax.vmap(lambda beta, s: phi_of(xs, s) / beta)(betas, nudged))
-        if phases.estimator != "symmetric":  # there the free states cancel
-            total = total - jnp.mean(phi_of(xs, free) / betas[0])
-        return total
+    contrast = _displaced if phases.coordinates == "displacement" else _absolute
+    mean_psi, nudged_info = contrast(spec, links, phases, xs, ys, drives, free, betas, nudged_keys)
 
     def mean_cost(readout: network.LayerParams | None) -> tuple[jax.Array, jax.Array]:
         here = links._replace(readout=readout)
@@ -176,8 +143,76 @@ def ep_gradient(
         # Outside the dynamics: its gradient is that of the cost at the free state, exactly.
         (value, output), own = jax.value_and_grad(mean_cost, has_aux=True)(links.readout)
         grads = (*grads[:-1], own)
-    mean = lambda info, axes: jax.tree.map(lambda v: jnp.mean(v, axes), info)  # noqa: E731
-    return grads, GradientInfo(value, output, mean(free_info, 0), mean(nudged_info, (0, 1)))
+    free_mean, nudged_mean = jax.tree.map(jnp.mean, (free_info, nudged_info))
+    return grads, GradientInfo(value, output, free_mean, nudged_mean)
+
+
+Contrast: TypeAlias = tuple[Callable[[Params], jax.Array], PhaseInfo]
+"""A function of the parameters whose derivative is the mean ``psi``; the nudged phases' info."""
+
+
+def _absolute(
+    spec: NetworkSpec,
+    links: Links,
+    phases: Phases,
+    xs: jax.Array,
+    ys: jax.Array,
+    drives: jax.Array,
+    free: State,
+    betas: jax.Array,
+    keys: jax.Array | None,
+) -> Contrast:
+    """Nudged phases of the state itself: ``psi`` is a difference of Phi."""
+    nudged, info = _each(
+        lambda beta, y, drive, s, key: dynamics.settle_nudged(
+            spec, links, drive, y, s, beta, phases, key
+        ),
+        (betas,),
+        (ys, drives, free, keys),
+    )
+
+    def mean_psi(params: Params) -> jax.Array:
+        links = network.link(params, spec)
+        phi_of = jax.vmap(lambda x, s: network.working_phi(spec, links, x, s))
+        total = jnp.mean(jax.vmap(lambda beta, s: phi_of(xs, s) / beta)(betas, nudged))
+        if phases.estimator == "symmetric":  # the free states cancel
+            return total
+        return total - jnp.mean(phi_of(xs, free) / betas)
+
+    return mean_psi, info
+
+
+def _displaced(
+    spec: NetworkSpec,
+    links: Links,
+    phases: Phases,
+    xs: jax.Array,
+    ys: jax.Array,
+    drives: jax.Array,
+    free: State,
+    betas: jax.Array,
+    keys: jax.Array | None,
+) -> Contrast:
+    """Nudged phases of the displacement: ``psi`` without a difference."""
+    base = jax.vmap(lambda drive, s: dynamics.base_of(spec, links, drive, s))(drives, free)
+    d, info = _each(
+        lambda beta, y, base, key: dynamics.settle_displacement(
+            spec, links, y, base, beta, phases, key
+        ),
+        (betas,),
+        (ys, base, keys),
+    )
+
+    def mean_psi(params: Params) -> jax.Array:
+        links = network.link(params, spec)
+        psi = _each(
+            lambda beta, d, x, base: displacement_psi(spec, links, x, base, d, beta),
+            (betas, d),
+            (xs, base),
+        )
+        return jnp.mean(psi)
+
+    return mean_psi, info
 
 
 def _each(f: Callable[..., Any], own: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:
