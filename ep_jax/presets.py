@@ -146,7 +146,7 @@ def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> Netwo
     )
 
 
-_MNIST = Config(dataset="mnist", epochs=10, feedback=0.05, weight_decay=0.05, shift=1)
+_MNIST = Config(dataset="mnist", epochs=10, gain=0.6, feedback=0.05, weight_decay=0.05, shift=1)
 
 PRESETS: dict[str, Config] = {
     "digits": Config(
@@ -160,6 +160,7 @@ PRESETS: dict[str, Config] = {
     "mnist": _MNIST,
     "mnist_sigma_delta": replace(
         _MNIST,
+        gain=1.0,
         neuron="sigma_delta",
         phases=replace(_MNIST.phases, free=25, nudged=12),
     ),
