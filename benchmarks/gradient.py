@@ -120,8 +120,9 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     rate = matmul_rate(arguments.repeats)
     table = Table(title=f"one gradient, batch {arguments.batch}; matmul {rate / 1e9:.0f} GFLOP/s")
-    for column in ("case", "ms", "compile s", "GFLOP", "of matmul rate", "temporary MiB"):
-        table.add_column(column, justify="right" if column != "case" else "left")
+    table.add_column("case", no_wrap=True)
+    for column in ("ms", "compile s", "GFLOP", "of matmul", "temp. MiB"):
+        table.add_column(column, justify="right")
     measured = {}
     for name, (spec, phases) in cases().items():
         found = measure(spec, phases, arguments.batch, arguments.repeats)
