@@ -89,7 +89,7 @@ class NetworkSpec:
         if self.cost == "cross_entropy" and len(self.layers) < 2:
             raise ValueError("layers holds one layer; expected two or more with "
                              "cost='cross_entropy', whose read-out has no state")  # fmt: skip
-        self.shapes  # noqa: B018  raises where a layer does not fit the one below it
+        _ = self.shapes  # raises where a layer does not fit the one below it
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from ep_jax import plots, training
 from ep_jax.checkpoint import Checkpoints, save_weights, to_json, write_atomically, write_json
@@ -292,15 +292,20 @@ def _progress(console: Console, epochs: int, dispatches: int) -> Iterator[Report
 
         yield line
         return
-    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(20), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), TextColumn("{task.description}"), console=console
-    ) as bar:
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}", table_column=Column(min_width=11, no_wrap=True)),
+        BarColumn(8),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+    )
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("compiled", total=epochs * dispatches, epoch=f"1/{epochs}")
 
         def move(epoch: int, done: int, text: str) -> None:
             completed = (epoch - 1) * dispatches + done
             bar.update(task, completed=completed, description=text, epoch=f"{epoch}/{epochs}")
+            if done == dispatches:  # the bar forgets, and may be too narrow for all of it
+                console.print(f"epoch {epoch}/{epochs}  {text}", soft_wrap=True)
 
         yield move
 
