@@ -422,7 +422,7 @@ def nudged_phase(
     params: Params,
     spec: NetworkSpec,
     x: jax.Array,
-    y: jax.Array,
+    y: jax.Array | int,
     state: State,
     beta: jax.Array | float,
     phases: Phases,
@@ -462,15 +462,15 @@ def nudged_phase(
     network.check_example(spec, params, x, state)
     check_phases(spec, phases, key)
     check_beta("beta", beta)
-    y = targets(spec, y, x.dtype)
+    target = targets(spec, y, x.dtype)
     links = network.link(params, spec)
     drive = network.input_drive(spec, links, x)
     packed = network.pack(spec, tuple(state))
     if phases.coordinates == "absolute":
-        nudged, info = settle_nudged(spec, links, drive, y, packed, beta, phases, key, trace)
+        nudged, info = settle_nudged(spec, links, drive, target, packed, beta, phases, key, trace)
     else:
         base = base_of(spec, links, drive, packed)
-        d, info = settle_displacement(spec, links, y, base, beta, phases, key, trace)
+        d, info = settle_displacement(spec, links, target, base, beta, phases, key, trace)
         nudged = displaced_state(spec, base, d, beta)
     return network.unpack(spec, nudged), info
 

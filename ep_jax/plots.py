@@ -14,9 +14,12 @@ from matplotlib.ticker import MaxNLocator
 from ep_jax.dynamics import Phases, Snapshot, free_phase
 from ep_jax.network import NetworkSpec, Params, energy
 
-mpl.rcParams.update(
-    {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-)
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
 
 
 class Relaxation(NamedTuple):
@@ -49,6 +52,7 @@ def record_free_phase(
     return Relaxation(np.asarray(energies.mean(0)), np.asarray(residuals.mean(0)), first)
 
 
+@mpl.rc_context(_STYLE)
 def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss, errors and spikes against epochs, from the records of ``metrics.jsonl``."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
@@ -81,6 +85,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+@mpl.rc_context(_STYLE)
 def relaxation(record: Relaxation) -> Figure:
     """Energy and residual against sweeps of a free phase.
 
@@ -99,6 +104,7 @@ def relaxation(record: Relaxation) -> Figure:
     return figure
 
 
+@mpl.rc_context(_STYLE)
 def raster(spikes: Sequence[np.ndarray], image: np.ndarray, units: int = 60) -> Figure:
     """Spike raster of one free phase: the input, then for each layer up to `units` units.
 
@@ -130,6 +136,7 @@ def raster(spikes: Sequence[np.ndarray], image: np.ndarray, units: int = 60) -> 
     return figure
 
 
+@mpl.rc_context(_STYLE)
 def filters(params: Params) -> Figure | None:
     """The kernels of the first layer; ``None`` where it is not a convolution."""
     w = np.asarray(params[0]["w"])

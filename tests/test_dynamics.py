@@ -178,7 +178,7 @@ def test_displacement_keeps_its_precision_in_float32() -> None:
     single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, xs))
     worst = {}
     for coordinates in ("absolute", "displacement"):
-        phases = ep.Phases(60, 60, 1e-5, "one_sided", coordinates=coordinates)  # type: ignore[arg-type]
+        phases = ep.Phases(60, 60, 1e-5, "one_sided", coordinates=coordinates)
         estimate = jax.jit(functools.partial(ep.ep_gradient, spec=spec, phases=phases))
         grads, _ = estimate(single[0], xs=single[1], ys=ys)
         assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
@@ -312,7 +312,10 @@ def bernoulli_gap(sweep: Any) -> tuple[float, float]:
 
     keys, beta = jax.random.split(jax.random.key(3)), jnp.asarray(1e-9)
     plus, minus, other = nudged(beta, keys[0]), nudged(-beta, keys[0]), nudged(-beta, keys[1])
-    gap = lambda a, b: max(float(jnp.abs(u - v).max()) for u, v in zip(a, b, strict=True))  # noqa: E731
+
+    def gap(a: Any, b: Any) -> float:
+        return max(float(jnp.abs(u - v).max()) for u, v in zip(a, b, strict=True))
+
     return gap(plus, minus), gap(plus, other)
 
 

@@ -155,7 +155,7 @@ def test_error_falls_as_theory_says(name: str) -> None:
     read-out of cross-entropy, outside the dynamics, has the exact gradient.
     """
     activation, layers, cost, feedback, coordinates = SMOOTH[name]
-    spec = ep.NetworkSpec((8, 8, 1), layers, ep.Rate(activation=activation), cost, feedback)  # type: ignore[arg-type]
+    spec = ep.NetworkSpec((8, 8, 1), layers, ep.Rate(activation=activation), cost, feedback)
     params, (xs, ys) = make_params(spec, seed=1, gain=0.7), make_batch(spec, 3)
     exact = exact_gradient(params, spec, xs, ys, 120)
     betas = (1e-1, 1e-2, 1e-3)
@@ -271,8 +271,7 @@ def test_batch_is_the_mean_of_its_examples() -> None:
     )
     np.testing.assert_allclose(info.output, jnp.concatenate([i.output for _, i in alone]))
     # The cost is that of the answers.
-    last = lambda x: ep.free_phase(params, spec, x, ep.Phases(free=8))[0][-1]  # noqa: E731
-    s = jax.jit(jax.vmap(last))(xs)
+    s = jax.jit(jax.vmap(lambda x: ep.free_phase(params, spec, x, ep.Phases(free=8))[0][-1]))(xs)
     costs = [reference_cost(params, spec, s[i], one_hot(spec, ys)[i]) for i in range(3)]
     np.testing.assert_allclose(info.cost, np.mean(costs), rtol=1e-12)
     logits = s.reshape(3, -1) @ params[-1]["w"] + params[-1]["b"]

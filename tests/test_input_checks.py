@@ -13,12 +13,12 @@ import pytest
 import ep_jax as ep
 
 SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(4), ep.Dense(3)), ep.Rate())
-PARAMS = tuple(
+PARAMS: Any = tuple(
     {"w": np.zeros(shape, np.float32), "b": np.zeros(shape[-1], np.float32)}
     for shape in [(3, 3, 1, 2), (8, 4), (4, 3)]
 )
-STATE = tuple(np.zeros(shape, np.float32) for shape in [(2, 2, 2), (4,), (3,)])
-X = np.zeros((6, 6, 1), np.float32)
+STATE: Any = tuple(np.zeros(shape, np.float32) for shape in [(2, 2, 2), (4,), (3,)])
+X: Any = np.zeros((6, 6, 1), np.float32)
 XS, YS = np.zeros((5, 6, 6, 1), np.float32), np.array([0, 1, 2, 1, 0])
 MAX_POOLED = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3, "max"), ep.Dense(4), ep.Dense(3)), ep.Rate())
 NOISY = ep.NetworkSpec((6, 6, 1), SPEC.layers, ep.Bernoulli())
@@ -28,6 +28,7 @@ PHASES = ep.Phases(2, 2)
 Phases: Any = ep.Phases
 Spec: Any = ep.NetworkSpec
 Conv: Any = ep.Conv
+DeltaCode: Any = ep.DeltaCode
 
 
 def changed(layer: int, name: str, value: Any) -> Any:
@@ -38,6 +39,9 @@ def with_entry(array: np.ndarray, value: float) -> np.ndarray:
     array = array.copy()
     array.flat[3] = value
     return array
+
+
+NAN_STATE: Any = (with_entry(STATE[0], np.nan), *STATE[1:])
 
 
 def gradient(**other: Any) -> Any:
@@ -130,10 +134,10 @@ CASES: dict[str, Case] = {
     "too few layers of state": (
         lambda: nudged(state=STATE[:2]), ValueError, ("state ", "2 layers", "3 arrays")),
     "a state with NaN": (
-        lambda: ep.energy(PARAMS, SPEC, X, (with_entry(STATE[0], np.nan), *STATE[1:])), ValueError,  # type: ignore[arg-type]
+        lambda: ep.energy(PARAMS, SPEC, X, NAN_STATE), ValueError,
         ("state[0] ", "NaN", "finite")),
     "phi of a wrong state": (
-        lambda: ep.phi(PARAMS, SPEC, X, STATE[::-1]), ValueError,  # type: ignore[arg-type]
+        lambda: ep.phi(PARAMS, SPEC, X, STATE[::-1]), ValueError,
         ("state[0] ", "(3,)", "(2, 2, 2)")),
     # Phases.
     "beta of zero": (
@@ -245,7 +249,7 @@ CASES: dict[str, Case] = {
     "a negative lag": (
         lambda: ep.DeltaCode(lag=-1.0), ValueError, ("DeltaCode.lag ", "-1.0", "[0, inf]")),
     "a leak that is no switch": (
-        lambda: ep.DeltaCode(leak=0.1), ValueError, ("DeltaCode.leak ", "0.1", "True")),  # type: ignore[arg-type]
+        lambda: DeltaCode(leak=0.1), ValueError, ("DeltaCode.leak ", "0.1", "True")),
 }  # fmt: skip
 
 

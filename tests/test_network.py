@@ -96,7 +96,7 @@ def test_one_step_follows_the_derivative_of_phi(pool: Any, feedback: float, cost
     @jax.jit
     def both(state: Any) -> Any:
         phases = ep.Phases(nudged=1)
-        ours, _ = ep.nudged_phase(params, spec, x, label, state, beta, phases)  # type: ignore[arg-type]
+        ours, _ = ep.nudged_phase(params, spec, x, label, state, beta, phases)
         L = len(state)
         drives = [reference_current(params, spec, x, state, l) for l in range(L)]
         y = one_hot(spec, jnp.asarray(label))
@@ -144,7 +144,7 @@ def test_equal_specifications_share_one_compiled_function() -> None:
 
     jitted = jax.jit(f, static_argnames="spec")
     for layers in [(ep.Dense(3), ep.Dense(2)), [ep.Dense(3), ep.Dense(2)]]:
-        jitted(jnp.ones(2), spec=ep.NetworkSpec((4,), layers, ep.Rate(), feedback=0.5))  # type: ignore[arg-type]
+        jitted(jnp.ones(2), spec=ep.NetworkSpec((4,), layers, ep.Rate(), feedback=0.5))
     assert len(traced) == 1
     jitted(jnp.ones(2), spec=ep.NetworkSpec((4,), (ep.Dense(3), ep.Dense(2)), ep.Rate()))
     assert len(traced) == 2

@@ -455,7 +455,7 @@ def test_spiking_phases_follow_the_equations(
     @jax.jit
     def ours(x: jax.Array, beta: jax.Array) -> Any:
         free, info = ep.free_phase(params, spec, x, phases, trace=trace)
-        nudged, nudged_info = ep.nudged_phase(params, spec, x, y, free, beta, phases, trace=trace)  # type: ignore[arg-type]
+        nudged, nudged_info = ep.nudged_phase(params, spec, x, y, free, beta, phases, trace=trace)
         return (free, info), (nudged, nudged_info)
 
     results = ours(jnp.asarray(x), jnp.asarray(beta))
