@@ -6,7 +6,10 @@ The names a user needs; `ep_jax.data`, `ep_jax.training`, `ep_jax.presets`, `ep_
 
 from ep_jax.checkpoint import load_weights, save_weights
 from ep_jax.dynamics import PhaseInfo, Phases, Snapshot, free_phase, nudged_phase
-from ep_jax.gradients.equilibrium import GradientInfo, ep_gradient
+from ep_jax.gradients.batch import GradientInfo
+from ep_jax.gradients.bptt import bptt_gradient
+from ep_jax.gradients.equilibrium import ep_gradient
+from ep_jax.gradients.implicit import implicit_gradient
 from ep_jax.layers import Conv, Dense
 from ep_jax.network import LayerParams, NetworkSpec, Params, State, energy, init_params, phi
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
@@ -28,9 +31,11 @@ __all__ = [
     "SigmaDelta",
     "Snapshot",
     "State",
+    "bptt_gradient",
     "energy",
     "ep_gradient",
     "free_phase",
+    "implicit_gradient",
     "init_params",
     "load_weights",
     "nudged_phase",

@@ -34,9 +34,10 @@ from ep_jax.costs import cost_gradient, targets
 from ep_jax.network import Links, NetworkSpec, Params, State, is_linear
 from ep_jax.neurons import ACTIVATIONS, Activation, Clock, Relax, relax, relax_displacement
 
-ESTIMATORS = ("one_sided", "random_sign", "symmetric")
+ESTIMATORS = ("one_sided", "random_sign", "symmetric", "holomorphic")
 SWEEPS = ("synchronous", "alternating", "ordered")
 COORDINATES = ("absolute", "displacement")
+SIGNALS = ("full", "bfloat16")
 
 MOVING = 1e-3
 """A unit counts as moving when a sweep changes it by more than this."""
@@ -51,9 +52,13 @@ class Phases:
         nudged: sweeps of the nudged phase.
         beta: nudging strength, not 0.
         estimator: ``"one_sided"`` (free against beta), ``"random_sign"`` (free against plus or
-            minus beta, drawn for each example) or ``"symmetric"`` (plus against minus beta).
+            minus beta, drawn for each example), ``"symmetric"`` (plus against minus beta) or
+            ``"holomorphic"`` (`points` complex betas on a circle; smooth activations only).
         sweep: ``"synchronous"``, ``"alternating"`` or ``"ordered"``.
         coordinates: ``"absolute"`` or ``"displacement"``, of the nudged phase.
+        points: number of points of the holomorphic estimator.
+        signals: ``"full"``, or ``"bfloat16"``: what goes through the weights in both phases is
+            rounded to 8 significant bits; states and sums keep their precision.
 
     Example:
         >>> Phases(free=12, nudged=8, sweep="alternating", coordinates="displacement").beta
@@ -63,9 +68,11 @@ class Phases:
     free: int = 100
     nudged: int = 30
     beta: float = 0.1
-    estimator: Literal["one_sided", "random_sign", "symmetric"] = "symmetric"
+    estimator: Literal["one_sided", "random_sign", "symmetric", "holomorphic"] = "symmetric"
     sweep: Literal["synchronous", "alternating", "ordered"] = "synchronous"
     coordinates: Literal["absolute", "displacement"] = "absolute"
+    points: int = 4
+    signals: Literal["full", "bfloat16"] = "full"
 
     def __post_init__(self) -> None:
         check_integer("Phases.free", self.free, at_least=1)
@@ -74,6 +81,11 @@ class Phases:
         check_choice("Phases.estimator", self.estimator, ESTIMATORS)
         check_choice("Phases.sweep", self.sweep, SWEEPS)
         check_choice("Phases.coordinates", self.coordinates, COORDINATES)
+        check_integer("Phases.points", self.points, at_least=2)
+        check_choice("Phases.signals", self.signals, SIGNALS)
+        if self.estimator == "holomorphic" and self.signals != "full":
+            raise ValueError(f"Phases.signals is {self.signals!r}; expected 'full' with "
+                             "estimator='holomorphic', whose signals are complex")  # fmt: skip
 
 
 class Snapshot(NamedTuple):
@@ -128,8 +140,17 @@ def check_phases(spec: NetworkSpec, phases: Phases, key: jax.Array | None) -> No
     if phases.coordinates == "displacement" and not all(map(is_linear, spec.layers)):
         raise ValueError("coordinates is 'displacement', but a layer has pool='max', whose winners "
                          "change; expected coordinates='absolute' with max pooling")  # fmt: skip
+    if phases.estimator == "holomorphic" and not is_holomorphic(spec):
+        raise ValueError(f"estimator is 'holomorphic', but the network has {spec.neuron} or a max "
+                         "pool, which are not smooth; expected Rate neurons with activation "
+                         "'sigmoid', 'tanh', 'softplus' or 'linear' and no max pool")  # fmt: skip
     if key is None and spec.neuron.stochastic:
         raise ValueError(f"key is None; expected a random key for {spec.neuron}")
+
+
+def is_holomorphic(spec: NetworkSpec) -> bool:
+    """Whether the relaxation is a holomorphic function of its state."""
+    return spec.neuron.activation != "hard_sigmoid" and all(map(is_linear, spec.layers))
 
 
 def sweep_order(sweep: str, depth: int, nudged: bool) -> tuple[int, ...]:
@@ -156,7 +177,39 @@ def external(spec: NetworkSpec, links: Links, drive: jax.Array) -> State:
     return (links.biases[0] + drive, *links.biases[1:])
 
 
-def _relax(
+class Carry(NamedTuple):
+    """All that a phase keeps from sweep to sweep.
+
+    Attributes:
+        t: number of sweeps done, int32. As a scanned input it would take memory for each sweep.
+        states: a state of the neuron model for each layer.
+        residual: see `PhaseInfo`; measured in the last sweep, or in each where there is a trace.
+        moving: see `PhaseInfo`, measured likewise.
+        spikes: spikes per neuron up to now, for each layer.
+    """
+
+    t: jax.Array
+    states: list[Any]
+    residual: jax.Array
+    moving: jax.Array
+    spikes: list[jax.Array]
+
+
+class Sweeps(NamedTuple):
+    """A phase that has not run yet: ``jax.lax.scan(sweep, carry, length=length)`` runs it.
+
+    Attributes:
+        carry: what it starts from.
+        sweep: ``(carry, None) -> (carry, what the trace saw)``.
+        length: number of its sweeps.
+    """
+
+    carry: Carry
+    sweep: Callable[[Carry, None], tuple[Carry, Any]]
+    length: int
+
+
+def _sweeps(
     spec: NetworkSpec,
     links: Links,
     phases: Phases,
@@ -170,17 +223,21 @@ def _relax(
     units: tuple[jax.Array | float, ...],
     key: jax.Array | None,
     trace: Trace | None,
-) -> tuple[State, PhaseInfo]:
-    """One phase of any kind: its sweeps in one scan that keeps its carry and nothing else."""
+) -> Sweeps:
+    """A phase of any kind."""
     neuron, depth = spec.neuron, spec.depth
     steps = phases.nudged if nudged else phases.free
     order = sweep_order(phases.sweep, depth, nudged)
     in_place = phases.sweep != "synchronous"
     sizes = [s.size for s in start]
-    zero = jnp.zeros((), start[-1].dtype)
+    zero = jnp.zeros((), start[-1].real.dtype)
 
-    def sweep(states: list[Any], t: jax.Array) -> tuple[list[Any], list[jax.Array]]:
-        before = [neuron.signal(state) for state in states]
+    def signal(state: Any) -> jax.Array:
+        sent = neuron.signal(state)
+        return sent if phases.signals == "full" else jax.lax.reduce_precision(sent, 8, 7)
+
+    def update(states: list[Any], t: jax.Array) -> tuple[list[Any], list[jax.Array]]:
+        before = list(map(signal, states))
         new, latest = list(states), list(before)
         spikes = [zero] * depth
         updated: set[int] = set()
@@ -201,42 +258,54 @@ def _relax(
             )
             dice = None if key is None else jax.random.fold_in(jax.random.fold_in(key, t), l)
             new[l], sent = neuron.step(states[l], incoming, relaxes[l], clock, dice)
-            latest[l] = neuron.signal(new[l])
+            latest[l] = signal(new[l])
             updated.add(l)
             if sent is not None:
                 spikes[l] = sent
         return new, spikes
 
-    def body(carry: Any, _: None) -> tuple[Any, Any]:
-        t, states, _, _, counts = carry
-        new, spikes = sweep(states, t)
+    def sweep(carry: Carry, _: None) -> tuple[Carry, Any]:
+        t, states = carry.t, carry.states
+        new, spikes = update(states, t)
 
         def measure() -> tuple[jax.Array, jax.Array]:
-            changes = [b.s - a.s for a, b in zip(states, new, strict=True)]
+            # What is only looked at costs no memory in reverse mode.
+            changes = jax.lax.stop_gradient(
+                [jnp.abs(b.s - a.s) for a, b in zip(states, new, strict=True)]
+            )
             scale = units if displaced else (1.0,) * depth
-            squares = [jnp.sum(c**2) * u**2 for c, u in zip(changes, scale, strict=True)]
-            moved = [jnp.sum(jnp.abs(c) > MOVING, dtype=c.dtype) for c in changes]
+            squares = [jnp.sum((c * jnp.abs(u)) ** 2) for c, u in zip(changes, scale, strict=True)]
+            moved = [jnp.sum(c > MOVING, dtype=c.dtype) for c in changes]
             return jnp.sqrt(sum(squares[1:], squares[0])), sum(moved[1:], moved[0]) / sum(sizes)
 
         # Nobody sees them before the last sweep, unless a trace is asked for.
         seen_now = (t == steps - 1) | (trace is not None)
         residual, moving = jax.lax.cond(seen_now, measure, lambda: (zero, zero))
+        spikes = jax.lax.stop_gradient(spikes)
         counts = [
-            n + jnp.sum(jnp.abs(q)) / z for n, q, z in zip(counts, spikes, sizes, strict=True)
+            n + jnp.sum(jnp.abs(q)) / z for n, q, z in zip(carry.spikes, spikes, sizes, strict=True)
         ]
         seen = None
         if trace is not None:
             full = tuple(jnp.broadcast_to(q, s.shape) for q, s in zip(spikes, start, strict=True))
             state = network.unpack(spec, tuple(state.s for state in new))
             seen = trace(Snapshot(t, state, network.unpack(spec, full), residual))
-        return (t + 1, new, residual, moving, counts), seen
+        return Carry(t + 1, new, residual, moving, counts), seen
 
     states = [neuron.start(s, i) for s, i in zip(start, start_currents, strict=True)]
-    # The clock is carried too: as a scanned input it would take memory for each sweep.
-    carry = (jnp.zeros((), jnp.int32), states, zero, zero, [zero] * depth)
-    (_, states, residual, moving, counts), seen = jax.lax.scan(body, carry, length=steps)
-    state = tuple(neuron.readout(state) for state in states)
-    return state, PhaseInfo(residual, moving, tuple(counts), seen)
+    return Sweeps(Carry(jnp.zeros((), jnp.int32), states, zero, zero, [zero] * depth), sweep, steps)
+
+
+def _run(spec: NetworkSpec, phase: Sweeps) -> tuple[State, PhaseInfo]:
+    """All sweeps of a phase, in one scan that keeps its carry and nothing else."""
+    carry, seen = jax.lax.scan(phase.sweep, phase.carry, length=phase.length)
+    return conclude(spec, carry, seen)
+
+
+def conclude(spec: NetworkSpec, carry: Carry, trace: Any = None) -> tuple[State, PhaseInfo]:
+    """What a phase that ended with `carry` returns: the packed read-out and a `PhaseInfo`."""
+    state = tuple(map(spec.neuron.readout, carry.states))
+    return state, PhaseInfo(carry.residual, carry.moving, tuple(carry.spikes), trace)
 
 
 def _absolute(
@@ -260,6 +329,34 @@ def _absolute(
     return tuple(map(layer, range(spec.depth)))
 
 
+def free_sweeps(
+    spec: NetworkSpec,
+    links: Links,
+    drive: jax.Array,
+    phases: Phases,
+    key: jax.Array | None,
+    trace: Trace | None = None,
+    start: State | None = None,
+) -> Sweeps:
+    """The free phase in working form, not run: packed state, input's drive computed beforehand."""
+    zeros = network.pack(spec, tuple(jnp.zeros(s, drive.dtype) for s in spec.state_shapes))
+    gains = (1.0, spec.feedback)
+    return _sweeps(
+        spec,
+        links,
+        phases,
+        start=zeros if start is None else start,
+        start_currents=zeros if start is None else network.currents(spec, links, start, *gains),
+        relaxes=_absolute(spec, links, drive, None),
+        nudged=False,
+        displaced=False,
+        gains=gains,
+        units=(1.0,) * spec.depth,
+        key=key,
+        trace=trace,
+    )
+
+
 def settle_free(
     spec: NetworkSpec,
     links: Links,
@@ -267,23 +364,10 @@ def settle_free(
     phases: Phases,
     key: jax.Array | None,
     trace: Trace | None = None,
+    start: State | None = None,
 ) -> tuple[State, PhaseInfo]:
-    """`free_phase` in working form: packed state, the input's drive computed beforehand."""
-    zeros = network.pack(spec, tuple(jnp.zeros(s, drive.dtype) for s in spec.state_shapes))
-    return _relax(
-        spec,
-        links,
-        phases,
-        start=zeros,
-        start_currents=zeros,
-        relaxes=_absolute(spec, links, drive, None),
-        nudged=False,
-        displaced=False,
-        gains=(1.0, spec.feedback),
-        units=(1.0,) * spec.depth,
-        key=key,
-        trace=trace,
-    )
+    """`free_phase` in working form."""
+    return _run(spec, free_sweeps(spec, links, drive, phases, key, trace, start))
 
 
 def settle_nudged(
@@ -302,26 +386,30 @@ def settle_nudged(
     def nudge(s: jax.Array) -> jax.Array:
         return -beta * cost_gradient(links, s, y)
 
-    layers = range(spec.depth)
     gains = (1.0, spec.feedback)
-    return _relax(
+    phase = _sweeps(
         spec,
         links,
         phases,
         start=state,
-        start_currents=tuple(network.current(spec, links, l, state, *gains) for l in layers),
+        start_currents=network.currents(spec, links, state, *gains),
         relaxes=_absolute(spec, links, drive, nudge),
         nudged=True,
         displaced=False,
         gains=gains,
-        units=tuple(jnp.abs(beta) * spec.weight_of(l) for l in layers),
+        units=tuple(jnp.abs(beta) * spec.weight_of(l) for l in range(spec.depth)),
         key=key,
         trace=trace,
     )
+    return _run(spec, phase)
 
 
 class Base(NamedTuple):
-    """What a displacement starts from, packed: the free state ``s0`` and its currents ``I0``."""
+    """What a displacement starts from, packed: the free state ``s0`` and its currents ``I0``.
+
+    It is also one synchronous sweep of rate neurons, ``s0 = sigma(I(s))``: the map whose fixed
+    point the network relaxes to.
+    """
 
     state: State
     currents: State
@@ -329,12 +417,11 @@ class Base(NamedTuple):
 
 def base_of(spec: NetworkSpec, links: Links, drive: jax.Array, state: State) -> Base:
     """The base of a displacement: ``I0 = I(state)`` with input and bias, and ``s0 = sigma(I0)``."""
-    given = external(spec, links, drive)
-    layers = range(spec.depth)
-    currents = tuple(
-        given[l] + network.current(spec, links, l, state, 1.0, spec.feedback) for l in layers
+    signals = network.currents(spec, links, state, 1.0, spec.feedback)
+    currents = tuple(map(jnp.add, external(spec, links, drive), signals))
+    return Base(
+        tuple(activation_of(spec, l).apply(current) for l, current in enumerate(currents)), currents
     )
-    return Base(tuple(activation_of(spec, l).apply(currents[l]) for l in layers), currents)
 
 
 def settle_displacement(
@@ -361,7 +448,7 @@ def settle_displacement(
         return step
 
     at_rest = tuple(map(jnp.zeros_like, base.state))
-    return _relax(
+    phase = _sweeps(
         spec,
         links,
         phases,
@@ -375,6 +462,7 @@ def settle_displacement(
         key=key,
         trace=trace,
     )
+    return _run(spec, phase)
 
 
 def free_phase(
@@ -384,8 +472,9 @@ def free_phase(
     phases: Phases,
     key: jax.Array | None = None,
     trace: Trace | None = None,
+    start: State | None = None,
 ) -> tuple[State, PhaseInfo]:
-    """Relax the network freely (``beta = 0``) from zero state.
+    """Relax the network freely (``beta = 0``), from zero state unless `start` is given.
 
     Args:
         params: parameters of `spec`.
@@ -395,6 +484,7 @@ def free_phase(
         key: random key; stochastic neurons need one.
         trace: called with a `Snapshot` after each sweep; what it returns is stacked over sweeps in
             ``info.trace``. Nothing is stored per sweep without it.
+        start: state to start from; spiking neurons start with receivers that know it.
 
     Returns:
         The state, a tuple over layers of arrays ``[H, W, C]`` or ``[N]`` (for spiking neurons the
@@ -410,11 +500,12 @@ def free_phase(
         >>> [float(s) for s in state[-1]]
         [0.5, 0.25]
     """
-    network.check_example(spec, params, x)
+    network.check_example(spec, params, x, start)
     check_phases(spec, phases, key)
     links = network.link(params, spec)
     drive = network.input_drive(spec, links, x)
-    state, info = settle_free(spec, links, drive, phases, key, trace)
+    packed = None if start is None else network.pack(spec, tuple(start))
+    state, info = settle_free(spec, links, drive, phases, key, trace, packed)
     return network.unpack(spec, state), info
 
 
@@ -482,9 +573,8 @@ def displaced_state(spec: NetworkSpec, base: Base, d: State, beta: jax.Array | f
     )
 
 
-def check_batch(spec: NetworkSpec, params: Params, xs: jax.Array) -> None:
+def check_inputs(spec: NetworkSpec, xs: jax.Array) -> None:
     """Raise where a batch of inputs does not fit `spec`."""
-    network.check_params(spec, params)
     check_float_array("xs", xs, ("batch", *spec.input_shape))
     if not len(xs):
         raise ValueError("xs holds no example; expected at least one")

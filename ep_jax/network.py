@@ -266,6 +266,15 @@ def current(
     return total
 
 
+def currents(
+    spec: NetworkSpec, links: Links, signals: State, from_below: float, from_above: float
+) -> State:
+    """`current` of every layer."""
+    return tuple(
+        current(spec, links, l, signals, from_below, from_above) for l in range(spec.depth)
+    )
+
+
 def working_phi(spec: NetworkSpec, links: Links, x: jax.Array, packed: State) -> jax.Array:
     """`phi` of a packed state: the one place where Phi is written."""
     total = jnp.zeros((), packed[-1].dtype)

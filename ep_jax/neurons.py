@@ -22,11 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from ep_jax import spikes
 from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
 
 Relax: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array | float], jax.Array]
@@ -194,7 +195,7 @@ def _power_law(value: float, power: float, floor: float, t: jax.Array) -> jax.Ar
 
 def _running_mean(mean: jax.Array, s: jax.Array, clock: Clock, window: int) -> jax.Array:
     """The mean of ``s`` over the sweeps of the phase's last `window` that are over; else ``s``."""
-    over = clock.step - (clock.steps - min(window, clock.steps))
+    over = jnp.maximum(clock.step - (clock.steps - min(window, clock.steps)), 0)
     return jnp.where(over > 0, mean + (s - mean) / (over.astype(s.dtype) + 1), s)
 
 
@@ -248,7 +249,7 @@ class Rate:
         """See `Neuron`."""
         del key
         epsilon = _power_law(
-            self.epsilon, self.epsilon_power, 0.0, clock.step.astype(state.s.dtype) + 1
+            self.epsilon, self.epsilon_power, 0.0, clock.step.astype(state.s.real.dtype) + 1
         )
         return RateState(relax(state.s, current, epsilon)), None
 
@@ -268,7 +269,7 @@ class SigmaDeltaState(NamedTuple):
         s: analog state.
         error: what the quantiser has not sent yet, ``phi`` in [-1/2, 1/2].
         spikes: the last spikes, ``q``; at the start of a phase the analog signal they stand for.
-        trace: the decoded current, ``u``.
+        trace: the decoded current, ``u``; where signals are decoded, the layer's decoded signal.
         mean: running average of ``s`` over the last steps of the phase.
     """
 
@@ -298,6 +299,10 @@ class SigmaDelta:
     use the ``lam_t`` of the sweep in which a spike was sent (in an ordered sweep with a decaying
     schedule, where a layer hears new spikes from one side and old ones from the other, of the new).
 
+    The decoder is linear, so it may as well sit before the weights (``decode="signal"``): the same
+    numbers for every affine layer. Max pooling is not: after the decoder it sees traces, before it
+    single spikes.
+
     In displacement coordinates, where values have either sign, the quantiser is a signed one with
     steps of `nudged_quantum`.
 
@@ -311,6 +316,9 @@ class SigmaDelta:
         nudged_epsilon: step size of the nudged phase.
         nudged_quantum: quantum of the signed code in displacement coordinates.
         average: number of last steps the read-out averages.
+        decode: where the decoder sits: on the weighted ``"current"`` (the paper's), or on the
+            ``"signal"`` before weights and pool.
+        surrogate: derivative of the quantiser in reverse mode (`ep_jax.spikes`): EP needs none.
 
     Example:
         >>> SigmaDelta(lam=0.275, lam_power=0.0, epsilon=0.1, epsilon_power=0.0).lam
@@ -326,6 +334,8 @@ class SigmaDelta:
     nudged_epsilon: float = 1.0
     nudged_quantum: float = 0.1
     average: int = 12
+    decode: Literal["current", "signal"] = "current"
+    surrogate: str = "straight_through"
     activation = "hard_sigmoid"
     stochastic = False
 
@@ -338,6 +348,8 @@ class SigmaDelta:
             check_non_negative(f"SigmaDelta.{name}", getattr(self, name), at_most=1.0)
         check_number("SigmaDelta.nudged_quantum", self.nudged_quantum, above=0.0)
         check_integer("SigmaDelta.average", self.average, at_least=1)
+        check_choice("SigmaDelta.decode", self.decode, ("current", "signal"))
+        check_choice("SigmaDelta.surrogate", self.surrogate, spikes.SURROGATES)
 
     def leak(self, t: jax.Array) -> jax.Array | float:
         """``lam_t`` of the sweep number `t`, counted from 1 at the start of the free phase."""
@@ -346,7 +358,8 @@ class SigmaDelta:
     def start(self, s: jax.Array, current: jax.Array) -> SigmaDeltaState:
         """See `Neuron`."""
         nothing = jnp.zeros_like(s)
-        return SigmaDeltaState(s, error=nothing, spikes=s, trace=current, mean=s)
+        trace = current if self.decode == "current" else s
+        return SigmaDeltaState(s, error=nothing, spikes=s, trace=trace, mean=s)
 
     def step(
         self,
@@ -361,22 +374,28 @@ class SigmaDelta:
         now = (clock.before + clock.step).astype(state.s.dtype) + 1
         sent = self.leak(now)
         heard = sent if clock.fresh else self.leak(jnp.maximum(now - 1, 1.0))
-        trace = state.trace + heard * (current - state.trace)
+        trace, decoded = state.trace, current
+        if self.decode == "current":
+            trace = decoded = trace + heard * (current - trace)
         if clock.nudged:
             epsilon: jax.Array | float = self.nudged_epsilon
         else:
             epsilon = _power_law(self.epsilon, self.epsilon_power, self.epsilon_floor, now)
-        s = relax(state.s, trace, epsilon)
+        s = relax(state.s, decoded, epsilon)
         value = state.error + (s - (1.0 - sent) * state.s) / sent
         quantum = self.nudged_quantum if clock.displaced else 1.0
-        count = jnp.round(value / quantum) if clock.displaced else _binary(value)
+        quantise = spikes.rounded if clock.displaced else spikes.binary
+        count = quantise(value / quantum, self.surrogate)
         error = jnp.clip(value - quantum * count, -0.5 * quantum, 0.5 * quantum)
+        emitted = quantum * count
+        if self.decode == "signal":
+            trace = trace + sent * (emitted - trace)
         mean = _running_mean(state.mean, s, clock, self.average)
-        return SigmaDeltaState(s, error, quantum * count, trace, mean), count
+        return SigmaDeltaState(s, error, emitted, trace, mean), count
 
     def signal(self, state: SigmaDeltaState) -> jax.Array:
         """See `Neuron`."""
-        return state.spikes
+        return state.spikes if self.decode == "current" else state.trace
 
     def readout(self, state: SigmaDeltaState) -> jax.Array:
         """See `Neuron`."""
@@ -419,6 +438,7 @@ class DeltaCode:
         nudged_quantum: first quantum of the nudged phase, in units of the displacement.
         nudged_decay: its factor a step.
         leak: whether ``r`` leaks (binary code) or not (ternary code).
+        surrogate: derivative of the quantiser in reverse mode (`ep_jax.spikes`): EP needs none.
 
     Example:
         >>> DeltaCode(decay=0.8, leak=True).quantum
@@ -431,6 +451,7 @@ class DeltaCode:
     nudged_quantum: float = 0.5
     nudged_decay: float = 0.5
     leak: bool = False
+    surrogate: str = "straight_through"
     activation = "hard_sigmoid"
     stochastic = False
 
@@ -443,6 +464,7 @@ class DeltaCode:
         check_choice("DeltaCode.leak", self.leak, (True, False))
         if self.leak:  # the quantum is the leak as well
             check_number("DeltaCode.quantum", self.quantum, above=0.0, at_most=1.0)
+        check_choice("DeltaCode.surrogate", self.surrogate, spikes.SURROGATES)
 
     def resolution(self, clock: Clock, dtype: jnp.dtype) -> jax.Array:
         """The quantum ``delta_t`` of a step."""
@@ -470,8 +492,8 @@ class DeltaCode:
         delta = self.resolution(clock, s.dtype)
         kept = (1.0 - delta) * state.known if self.leak else state.known
         value = (s - kept) / delta
-        binary = self.leak and not clock.displaced
-        count = _binary(value) if binary else jnp.clip(jnp.round(value), -1.0, 1.0)
+        quantise = spikes.binary if self.leak and not clock.displaced else spikes.ternary
+        count = quantise(value, self.surrogate)
         return DeltaCodeState(s, kept + delta * count), count
 
     def signal(self, state: DeltaCodeState) -> jax.Array:
@@ -481,11 +503,6 @@ class DeltaCode:
     def readout(self, state: DeltaCodeState) -> jax.Array:
         """See `Neuron`."""
         return state.s
-
-
-def _binary(value: jax.Array) -> jax.Array:
-    """``1[value > 1/2]``."""
-    return (value > 0.5).astype(value.dtype)
 
 
 class BernoulliState(NamedTuple):
@@ -512,6 +529,7 @@ class Bernoulli:
         epsilon_floor: its lower bound.
         nudged_quantum: quantum of the signed code in displacement coordinates.
         average: number of last steps the read-out averages.
+        surrogate: derivative of the quantiser in reverse mode (`ep_jax.spikes`): EP needs none.
 
     Example:
         >>> Bernoulli().stochastic
@@ -523,6 +541,7 @@ class Bernoulli:
     epsilon_floor: float = 0.02
     nudged_quantum: float = 0.1
     average: int = 20
+    surrogate: str = "straight_through"
     activation = "hard_sigmoid"
     stochastic = True
 
@@ -532,6 +551,7 @@ class Bernoulli:
         check_non_negative("Bernoulli.epsilon_floor", self.epsilon_floor, at_most=1.0)
         check_number("Bernoulli.nudged_quantum", self.nudged_quantum, above=0.0)
         check_integer("Bernoulli.average", self.average, at_least=1)
+        check_choice("Bernoulli.surrogate", self.surrogate, spikes.SURROGATES)
 
     def start(self, s: jax.Array, current: jax.Array) -> BernoulliState:
         """See `Neuron`."""
@@ -555,7 +575,7 @@ class Bernoulli:
         )
         quantum = self.nudged_quantum if clock.displaced else 1.0
         dice = jax.random.uniform(key, s.shape, s.dtype)
-        count = jnp.floor(s / quantum + dice)
+        count = spikes.floored(s / quantum + dice, self.surrogate)
         count = count if clock.displaced else jnp.clip(count, 0.0, 1.0)
         mean = _running_mean(state.mean, s, clock, self.average)
         return BernoulliState(s, quantum * count, mean), count
@@ -608,6 +628,7 @@ class IntegrateFire:
         leak: factor on membrane and trace a step, in (0, 1].
         nudged_quantum: quantum of the signed code in displacement coordinates.
         average: number of last steps the read-out averages.
+        surrogate: derivative of the quantiser in reverse mode (`ep_jax.spikes`): EP needs none.
 
     Example:
         >>> IntegrateFire(leak=0.98).average
@@ -617,6 +638,7 @@ class IntegrateFire:
     leak: float = 0.97
     nudged_quantum: float = 0.1
     average: int = 20
+    surrogate: str = "straight_through"
     activation = "hard_sigmoid"
     stochastic = False
 
@@ -624,6 +646,7 @@ class IntegrateFire:
         check_number("IntegrateFire.leak", self.leak, above=0.0, at_most=1.0)
         check_number("IntegrateFire.nudged_quantum", self.nudged_quantum, above=0.0)
         check_integer("IntegrateFire.average", self.average, at_least=1)
+        check_choice("IntegrateFire.surrogate", self.surrogate, spikes.SURROGATES)
 
     def start(self, s: jax.Array, current: jax.Array) -> IntegrateFireState:
         """See `Neuron`."""
@@ -644,10 +667,8 @@ class IntegrateFire:
         del key
         quantum = self.nudged_quantum if clock.displaced else 1.0
         membrane = self.leak * state.membrane + relax(state.s, current, 1.0)
-        if clock.displaced:
-            number = jnp.round(membrane / quantum)
-        else:
-            number = (membrane >= 1.0).astype(membrane.dtype)
+        fire = spikes.rounded if clock.displaced else spikes.fire
+        number = fire(membrane / quantum, self.surrogate)
         # An output unit is not clipped, and cannot tell what is beyond its range.
         left = jnp.clip(membrane - quantum * number, -quantum, quantum)
         total = self.leak * state.total + quantum * number

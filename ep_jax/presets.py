@@ -12,6 +12,7 @@ from typing import Literal
 from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
 from ep_jax.data import DATASETS
 from ep_jax.dynamics import Phases
+from ep_jax.gradients import GRADIENTS
 from ep_jax.layers import Conv, Dense, Layer
 from ep_jax.network import NetworkSpec
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
@@ -81,6 +82,9 @@ class Config:
         )
     )
     """Sweeps of the two phases, nudge and estimator."""
+    gradient: Literal["ep", "bptt", "implicit"] = "ep"
+    """How the gradient is made: by EP, or by back-propagation through the free phase's sweeps
+    (spikes: with the neuron's surrogate derivative) or implicit differentiation at its end."""
 
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW; it decays to 0 along a cosine."""
@@ -98,6 +102,7 @@ class Config:
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("neuron", self.neuron, NEURONS)
+        check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("pool", self.pool, ("avg", "max", "none"))
         check_integer("seed", self.seed, at_least=0)
         for name in ("epochs", "batch", "steps_per_dispatch"):

@@ -31,7 +31,7 @@ from ep_jax import plots, training
 from ep_jax.checkpoint import Checkpoints, save_weights, to_json, write_atomically, write_json
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.dynamics import Phases
-from ep_jax.gradients.equilibrium import ep_gradient
+from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.presets import Config, spec_of
 from ep_jax.training import StepMetrics
@@ -49,7 +49,6 @@ def train(
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
-    gradient: training.Gradient = ep_gradient,
     console: Console | None = None,
 ) -> Record:
     """Train as `config` says and write everything into `out`.
@@ -61,7 +60,6 @@ def train(
         config: the run.
         out: folder for its files.
         resume: go on from the last checkpoint in `out`; start afresh where there is none.
-        gradient: the gradient estimator.
         console: where progress is shown.
 
     Returns:
@@ -92,7 +90,12 @@ def train(
     init_key, step_key, eval_key = jax.random.split(key, 3)
     state = training.init_train_state(init_key, spec, optimizer, config.gain)
     steps = training.make_train_steps(
-        spec, config.phases, optimizer, shift=config.shift, flip=config.flip, gradient=gradient
+        spec,
+        config.phases,
+        optimizer,
+        shift=config.shift,
+        flip=config.flip,
+        gradient=GRADIENTS[config.gradient],
     )
 
     out.mkdir(parents=True, exist_ok=True)
@@ -249,18 +252,21 @@ def _per_neuron(spikes: tuple[Any, ...], spec: NetworkSpec) -> float:
 
 
 def _record(mean: StepMetrics, spec: NetworkSpec) -> Record:
-    return {
+    record = {
         "loss": mean.loss,
         "error": mean.error,
         "residual": mean.free.residual,
-        "residual_nudged": mean.nudged.residual,
         "moving": mean.free.moving,
         "spikes_free": _per_neuron(mean.free.spikes, spec),
-        "spikes_nudged": _per_neuron(mean.nudged.spikes, spec),
+        "spikes_nudged": 0.0,
         "spikes_free_per_layer": list(mean.free.spikes),
-        "spikes_nudged_per_layer": list(mean.nudged.spikes),
         "gradient_norm": list(mean.gradient_norm),
     }
+    if mean.nudged is not None:
+        record["residual_nudged"] = mean.nudged.residual
+        record["spikes_nudged"] = _per_neuron(mean.nudged.spikes, spec)
+        record["spikes_nudged_per_layer"] = list(mean.nudged.spikes)
+    return record
 
 
 def _shown(name: str, value: float | None, unit: str = "") -> str:
@@ -335,10 +341,18 @@ def _draw(
             figure.savefig(folder / f"{name}.png", dpi=150)
 
 
+_METHODS = {
+    "ep": "Equilibrium Propagation",
+    "bptt": "back-propagation through time",
+    "implicit": "implicit differentiation",
+}
+
+
 def _summary(config: Config, spec: NetworkSpec, result: Record, out: Path) -> Table:
     best = [e for e in result["val_error"] if e is not None]
     spikes = " ".join(f"{s:.2f}" for s in result["spikes_per_neuron"])
-    table = Table(title=f"{config.dataset}: {config.neuron}, Equilibrium Propagation", min_width=60)
+    method = _METHODS[config.gradient]
+    table = Table(title=f"{config.dataset}: {config.neuron}, {method}", min_width=60)
     table.add_column("")
     table.add_column("result", justify="right")
     table.add_row("test error", f"{result['test_error']:.2f} %")
@@ -346,7 +360,8 @@ def _summary(config: Config, spec: NetworkSpec, result: Record, out: Path) -> Ta
     if best:
         table.add_row("validation error, last epoch", f"{best[-1]:.2f} %")
     table.add_row("spikes per neuron and image, by layer", spikes)
-    table.add_row("sweeps, free + nudged", f"{config.phases.free} + {config.phases.nudged}")
+    nudged = f" + {config.phases.nudged} nudged" if config.gradient == "ep" else ""
+    table.add_row("sweeps", f"{config.phases.free} free{nudged}")
     table.add_row("layers", " - ".join(str(s) for s in map(np.prod, spec.state_shapes)))
     table.add_row("seconds an epoch", f"{result['seconds_per_epoch']:.1f}")
     table.add_row("written to", str(out))

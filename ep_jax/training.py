@@ -49,14 +49,14 @@ class StepMetrics(NamedTuple):
         error: share of wrong answers in the batch, in per cent.
         gradient_norm: tuple over layers of the gradients' norms.
         free: mean `PhaseInfo` of the free phases.
-        nudged: mean `PhaseInfo` of the nudged phases.
+        nudged: mean `PhaseInfo` of the nudged phases; ``None`` for a gradient without them.
     """
 
     loss: jax.Array
     error: jax.Array
     gradient_norm: tuple[jax.Array, ...]
     free: PhaseInfo
-    nudged: PhaseInfo
+    nudged: PhaseInfo | None
 
 
 def make_optimizer(

@@ -8,7 +8,9 @@ the free fixed point is (Scellier & Bengio, Frontiers in Computational Neuroscie
 where ``dPhi`` is the derivative with respect to the parameters. The estimators are averages of
 ``-psi``: ``one_sided`` takes one ``beta`` (error of order beta), ``random_sign`` one of random sign
 (order beta, order beta squared in the mean; Laborieux et al. 2021), ``symmetric`` the two at plus
-and minus beta, in which ``dPhi(s^0)`` cancels (order beta squared).
+and minus beta, in which ``dPhi(s^0)`` cancels (order beta squared), ``holomorphic`` the N points
+``beta exp(2 pi i n / N)`` of a circle, which is Cauchy's integral for the derivative (order beta^N;
+Laborieux & Zenke, NeurIPS 2022).
 
 In displacement coordinates the difference is never formed as one::
 
@@ -22,40 +24,48 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ep_jax import dynamics, network
-from ep_jax.costs import cost, read_out, targets
 from ep_jax.dynamics import Base, PhaseInfo, Phases
+from ep_jax.gradients.batch import Checked, Free, GradientInfo, answer, check, mean_info, settle
 from ep_jax.network import Links, NetworkSpec, Params, State
 
 
-class GradientInfo(NamedTuple):
-    """What a gradient tells about itself.
+class Nudges(NamedTuple):
+    """The points at which an estimator looks.
 
     Attributes:
-        cost: mean cost of the batch at the free states.
-        output: answers of the free phase ``[B, classes]`` (output layer or logits).
-        free: mean `PhaseInfo` of the free phases.
-        nudged: mean `PhaseInfo` of the nudged phases.
+        betas: nudging strengths ``[points, B]``.
+        weights: the weight of each point's ``psi`` in the average, ``[points]``.
     """
 
-    cost: jax.Array
-    output: jax.Array
-    free: PhaseInfo
-    nudged: PhaseInfo
+    betas: jax.Array
+    weights: jax.Array
 
 
-def nudges(phases: Phases, batch: int, dtype: jnp.dtype, key: jax.Array | None) -> jax.Array:
-    """The nudging strengths ``[points, batch]`` whose ``psi`` the estimator averages."""
+def nudges(phases: Phases, batch: int, dtype: jnp.dtype, key: jax.Array | None) -> Nudges:
+    """The points of ``phases.estimator``.
+
+    Of the holomorphic estimator's points ``beta exp(2 pi i n / N)`` those in the upper half plane
+    do: the state at a conjugate point is the conjugate state.
+    """
     if phases.estimator == "symmetric":
-        signs = jnp.broadcast_to(jnp.array([[1.0], [-1.0]], dtype), (2, batch))
+        signs = jnp.array([1.0, -1.0], dtype)
     elif phases.estimator == "random_sign":
         if key is None:
             raise ValueError("key is None; expected a random key with estimator='random_sign'")
-        signs = jax.random.rademacher(key, (1, batch), dtype)
+        return Nudges(phases.beta * jax.random.rademacher(key, (1, batch), dtype), jnp.ones(1))
+    elif phases.estimator == "holomorphic":
+        n = np.arange(phases.points // 2 + 1)
+        signs = jnp.asarray(np.exp(2j * np.pi * n / phases.points), jnp.result_type(dtype, 1j))
+        real = (n == 0) | (2 * n == phases.points)
+        weights = jnp.asarray(np.where(real, 1.0, 2.0) / phases.points, dtype)
+        return Nudges(jnp.broadcast_to(phases.beta * signs[:, None], (len(n), batch)), weights)
     else:
-        signs = jnp.ones((1, batch), dtype)
-    return phases.beta * signs
+        signs = jnp.ones(1, dtype)
+    betas = jnp.broadcast_to(phases.beta * signs[:, None], (len(signs), batch))
+    return Nudges(betas, jnp.full(len(signs), 1 / len(signs), dtype))
 
 
 def displacement_psi(
@@ -111,40 +121,19 @@ def ep_gradient(
         >>> grads[0]["w"].shape, info.output.shape
         ((3, 4), (5, 2))
     """
-    dynamics.check_batch(spec, params, xs)
-    dynamics.check_phases(spec, phases, key)
-    batch = xs.shape[0]
-    ys = targets(spec, ys, xs.dtype, (batch,))
-    sign_key, phase_key = (None, None) if key is None else jax.random.split(key)
-    betas = nudges(phases, batch, xs.dtype, sign_key)
-    free_keys, nudged_keys = None, None
-    if spec.neuron.stochastic and phase_key is not None:
-        free_keys, nudged_keys = jax.random.split(phase_key, (2, batch))
-
-    links = network.link(params, spec)
-    drives = jax.vmap(lambda x: network.input_drive(spec, links, x))(xs)
-    free, free_info = jax.vmap(
-        lambda drive, key: dynamics.settle_free(spec, links, drive, phases, key)
-    )(drives, free_keys)
-
+    given = check(params, spec, xs, ys, phases, key)
+    points = nudges(phases, len(xs), xs.dtype, given.estimator_key)
+    free = settle(params, spec, xs, phases, given.free_keys)
     contrast = _displaced if phases.coordinates == "displacement" else _absolute
-    mean_psi, nudged_info = contrast(spec, links, phases, xs, ys, drives, free, betas, nudged_keys)
-
-    def mean_cost(readout: network.LayerParams | None) -> tuple[jax.Array, jax.Array]:
-        here = links._replace(readout=readout)
-        costs = jax.vmap(lambda s, y: cost(spec, here, s, y))(free[-1], ys)
-        return jnp.mean(costs), jax.vmap(lambda s: read_out(here, s))(free[-1])
+    mean_psi, nudged_info = contrast(spec, phases, xs, given, free, points)
 
     psi = jax.grad(mean_psi)(params)
     grads = tuple(jax.tree.map(jnp.negative, p) for p in psi)
-    if links.readout is None:
-        value, output = mean_cost(None)
-    else:
-        # Outside the dynamics: its gradient is that of the cost at the free state, exactly.
-        (value, output), own = jax.value_and_grad(mean_cost, has_aux=True)(links.readout)
-        grads = (*grads[:-1], own)
-    free_mean, nudged_mean = jax.tree.map(jnp.mean, (free_info, nudged_info))
-    return grads, GradientInfo(value, output, free_mean, nudged_mean)
+    found = answer(spec, free.links, free.state[-1], given.ys)
+    if found.readout_gradient:
+        grads = (*grads[:-1], *found.readout_gradient)
+    info = GradientInfo(found.cost, found.output, mean_info(free.info), mean_info(nudged_info))
+    return grads, info
 
 
 Contrast: TypeAlias = tuple[Callable[[Params], jax.Array], PhaseInfo]
@@ -152,67 +141,63 @@ Contrast: TypeAlias = tuple[Callable[[Params], jax.Array], PhaseInfo]
 
 
 def _absolute(
-    spec: NetworkSpec,
-    links: Links,
-    phases: Phases,
-    xs: jax.Array,
-    ys: jax.Array,
-    drives: jax.Array,
-    free: State,
-    betas: jax.Array,
-    keys: jax.Array | None,
+    spec: NetworkSpec, phases: Phases, xs: jax.Array, given: Checked, free: Free, points: Nudges
 ) -> Contrast:
     """Nudged phases of the state itself: ``psi`` is a difference of Phi."""
+    like = _cast_to(points.betas.dtype)
+    links, drives, state, ys = like((free.links, free.drives, free.state, given.ys))
     nudged, info = _each(
         lambda beta, y, drive, s, key: dynamics.settle_nudged(
             spec, links, drive, y, s, beta, phases, key
         ),
-        (betas,),
-        (ys, drives, free, keys),
+        (points.betas,),
+        (ys, drives, state, given.nudged_keys),
     )
 
     def mean_psi(params: Params) -> jax.Array:
-        links = network.link(params, spec)
+        links = like(network.link(params, spec))
         phi_of = jax.vmap(lambda x, s: network.working_phi(spec, links, x, s))
-        total = jnp.mean(jax.vmap(lambda beta, s: phi_of(xs, s) / beta)(betas, nudged))
-        if phases.estimator == "symmetric":  # the free states cancel
+        inputs = like(xs)
+        psi = jax.vmap(lambda beta, s: phi_of(inputs, s) / beta)(points.betas, nudged)
+        total = points.weights @ jnp.mean(psi.real, axis=1)
+        if phases.estimator in ("symmetric", "holomorphic"):  # the free states cancel
             return total
-        return total - jnp.mean(phi_of(xs, free) / betas)
+        return total - jnp.mean(phi_of(xs, free.state) / points.betas)
 
     return mean_psi, info
 
 
 def _displaced(
-    spec: NetworkSpec,
-    links: Links,
-    phases: Phases,
-    xs: jax.Array,
-    ys: jax.Array,
-    drives: jax.Array,
-    free: State,
-    betas: jax.Array,
-    keys: jax.Array | None,
+    spec: NetworkSpec, phases: Phases, xs: jax.Array, given: Checked, free: Free, points: Nudges
 ) -> Contrast:
     """Nudged phases of the displacement: ``psi`` without a difference."""
-    base = jax.vmap(lambda drive, s: dynamics.base_of(spec, links, drive, s))(drives, free)
+    like = _cast_to(points.betas.dtype)
+    at_rest = jax.vmap(lambda drive, s: dynamics.base_of(spec, free.links, drive, s))
+    base = like(at_rest(free.drives, free.state))
+    links, ys = like((free.links, given.ys))
     d, info = _each(
         lambda beta, y, base, key: dynamics.settle_displacement(
             spec, links, y, base, beta, phases, key
         ),
-        (betas,),
-        (ys, base, keys),
+        (points.betas,),
+        (ys, base, given.nudged_keys),
     )
 
     def mean_psi(params: Params) -> jax.Array:
-        links = network.link(params, spec)
+        links = like(network.link(params, spec))
         psi = _each(
             lambda beta, d, x, base: displacement_psi(spec, links, x, base, d, beta),
-            (betas, d),
-            (xs, base),
+            (points.betas, d),
+            (like(xs), base),
         )
-        return jnp.mean(psi)
+        return points.weights @ jnp.mean(psi.real, axis=1)
 
     return mean_psi, info
+
+
+def _cast_to(dtype: jnp.dtype) -> Callable[[Any], Any]:
+    """A function that casts all arrays of a tree: complex nudges ask for complex states."""
+    return lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
 
 
 def _each(f: Callable[..., Any], own: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:

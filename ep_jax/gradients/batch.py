@@ -1,0 +1,121 @@
+"""What the gradients of a batch share: checked arguments, free phases, cost and answers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ep_jax import dynamics, network
+from ep_jax.costs import cost, read_out, targets
+from ep_jax.dynamics import PhaseInfo, Phases
+from ep_jax.network import LayerParams, Links, NetworkSpec, Params, State
+
+
+class GradientInfo(NamedTuple):
+    """What a gradient tells about itself.
+
+    Attributes:
+        cost: mean cost of the batch at the free states.
+        output: answers of the free phase ``[B, classes]`` (output layer or logits).
+        free: mean `PhaseInfo` of the free phases.
+        nudged: mean `PhaseInfo` of the nudged phases (implicit differentiation: of the adjoint
+            ones); ``None`` where there are none.
+    """
+
+    cost: jax.Array
+    output: jax.Array
+    free: PhaseInfo
+    nudged: PhaseInfo | None = None
+
+
+class Checked(NamedTuple):
+    """The arguments of a gradient, fit for use.
+
+    Attributes:
+        ys: one-hot targets ``[B, classes]``.
+        estimator_key: the estimator's own key; ``None`` without a key.
+        free_keys: a key for each example's free phase ``[B]``; ``None`` unless the neurons are
+            stochastic.
+        nudged_keys: likewise for its nudged phases.
+    """
+
+    ys: jax.Array
+    estimator_key: jax.Array | None
+    free_keys: jax.Array | None
+    nudged_keys: jax.Array | None
+
+
+def check(
+    params: Params, spec: NetworkSpec, xs: jax.Array, ys: Any, phases: Phases, key: jax.Array | None
+) -> Checked:
+    """Raise where an argument of a gradient does not fit the others."""
+    network.check_params(spec, params)
+    dynamics.check_inputs(spec, xs)
+    dynamics.check_phases(spec, phases, key)
+    batch = xs.shape[0]
+    estimator_key, phase_key = (None, None) if key is None else jax.random.split(key)
+    free_keys, nudged_keys = None, None
+    if spec.neuron.stochastic and phase_key is not None:
+        free_keys, nudged_keys = jax.random.split(phase_key, (2, batch))
+    return Checked(targets(spec, ys, xs.dtype, (batch,)), estimator_key, free_keys, nudged_keys)
+
+
+class Free(NamedTuple):
+    """The free phases of a batch, in working form.
+
+    Attributes:
+        links: the parameters in working form.
+        drives: the input's drive of each example.
+        state: the packed free states.
+        info: their `PhaseInfo`.
+    """
+
+    links: Links
+    drives: jax.Array
+    state: State
+    info: PhaseInfo
+
+
+def settle(
+    params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases, keys: jax.Array | None
+) -> Free:
+    """Settle every example freely."""
+    links = network.link(params, spec)
+    drives = jax.vmap(lambda x: network.input_drive(spec, links, x))(xs)
+    state, info = jax.vmap(
+        lambda drive, key: dynamics.settle_free(spec, links, drive, phases, key)
+    )(drives, keys)
+    return Free(links, drives, state, info)
+
+
+class Answer(NamedTuple):
+    """Mean cost and answers ``[B, classes]`` at the free states; the read-out's gradient."""
+
+    cost: jax.Array
+    output: jax.Array
+    readout_gradient: tuple[LayerParams, ...]
+
+
+def answer(spec: NetworkSpec, links: Links, last: jax.Array, ys: jax.Array) -> Answer:
+    """Cost and answers at the last layer's free states `last`.
+
+    A read-out outside the dynamics has the gradient of the cost there, exactly: it comes along, as
+    a tuple that is empty without one.
+    """
+
+    def mean_cost(readout: LayerParams | None) -> tuple[jax.Array, jax.Array]:
+        here = links._replace(readout=readout)
+        costs = jax.vmap(lambda s, y: cost(spec, here, s, y))(last, ys)
+        return jnp.mean(costs), jax.vmap(lambda s: read_out(here, s))(last)
+
+    if links.readout is None:
+        return Answer(*mean_cost(None), ())
+    (value, output), own = jax.value_and_grad(mean_cost, has_aux=True)(links.readout)
+    return Answer(value, output, (own,))
+
+
+def mean_info(info: PhaseInfo) -> PhaseInfo:
+    """The mean of the `PhaseInfo` of many phases."""
+    return jax.tree.map(jnp.mean, info)

@@ -1,0 +1,122 @@
+"""Back-propagation through time: reverse mode through the free relaxation.
+
+The exact gradient of the cost at the state that the free phase ends with, and the baseline that EP
+is compared with. It keeps something of every sweep, so its memory grows with their number T; with
+rematerialisation with sqrt(T), for about one more forward pass. Spikes have no derivative: in
+reverse mode the quantiser's is the neuron model's surrogate (`ep_jax.spikes`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ep_jax import dynamics, network
+from ep_jax.checks import check_choice, check_integer
+from ep_jax.costs import cost, read_out
+from ep_jax.dynamics import Carry, PhaseInfo, Phases, Sweeps
+from ep_jax.gradients.batch import GradientInfo, check, mean_info
+from ep_jax.network import Links, NetworkSpec, Params, State
+
+
+def bptt_gradient(
+    params: Params,
+    spec: NetworkSpec,
+    xs: jax.Array,
+    ys: jax.Array,
+    phases: Phases,
+    key: jax.Array | None = None,
+    *,
+    tracked: int | None = None,
+    remat: bool = False,
+) -> tuple[Params, GradientInfo]:
+    """The gradient of the batch-mean cost after ``phases.free`` sweeps, by reverse mode.
+
+    Not jitted: wrap it as ``jax.jit(bptt_gradient, static_argnames=("spec", "phases", "tracked",
+    "remat"))``.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        xs: inputs, floating point, ``[B, *spec.input_shape]``.
+        ys: integer labels ``[B]`` or one-hot targets ``[B, classes]``.
+        phases: the free phase; what it says of the nudged one is not used.
+        key: random key, for stochastic neurons.
+        tracked: differentiate the last so many sweeps only, by default all: from a settled state,
+            the truncated gradient converges to the exact one.
+        remat: keep the state of every sqrt(tracked)-th sweep alone and compute the others again.
+
+    Returns:
+        The gradient, of the same tree as `params`, and a `GradientInfo` without a nudged phase.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype or value.
+
+    Example:
+        >>> spec = NetworkSpec((3,), (network.Dense(4), network.Dense(2)), neuron=ep_jax.Rate())
+        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> xs, ys = jnp.ones((5, 3)), jnp.array([0, 1, 1, 0, 1])
+        >>> grads, info = bptt_gradient(params, spec, xs, ys, Phases(free=20), tracked=5)
+        >>> grads[0]["w"].shape, info.nudged is None
+        ((3, 4), True)
+    """
+    given = check(params, spec, xs, ys, phases, key)
+    tracked = phases.free if tracked is None else tracked
+    check_integer("tracked", tracked, at_least=1)
+    if tracked > phases.free:
+        raise ValueError(f"tracked is {tracked}; expected at most the {phases.free} sweeps of the "
+                         "free phase")  # fmt: skip
+    check_choice("remat", remat, (True, False))
+
+    def mean_cost(params: Params) -> tuple[jax.Array, tuple[jax.Array, PhaseInfo]]:
+        links = network.link(params, spec)
+
+        def one(
+            x: jax.Array, y: jax.Array, key: jax.Array | None
+        ) -> tuple[jax.Array, tuple[jax.Array, PhaseInfo]]:
+            drive = network.input_drive(spec, links, x)
+            state, info = _settle(spec, links, drive, phases, key, tracked, remat)
+            return cost(spec, links, state[-1], y), (read_out(links, state[-1]), info)
+
+        costs, seen = jax.vmap(one)(xs, given.ys, given.free_keys)
+        return jnp.mean(costs), seen
+
+    (value, (output, info)), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)
+    return grads, GradientInfo(value, output, mean_info(info))
+
+
+def _settle(
+    spec: NetworkSpec,
+    links: Links,
+    drive: jax.Array,
+    phases: Phases,
+    key: jax.Array | None,
+    tracked: int,
+    remat: bool,
+) -> tuple[State, PhaseInfo]:
+    """The free phase, of which the last `tracked` sweeps can be differentiated."""
+    phase = dynamics.free_sweeps(spec, links, drive, phases, key)
+    carry = phase.carry
+    if tracked < phase.length:
+        fixed = dynamics.free_sweeps(
+            spec, *jax.lax.stop_gradient((links, drive)), phases=phases, key=key
+        )
+        carry, _ = jax.lax.scan(fixed.sweep, carry, length=phase.length - tracked)
+    run = _run_in_segments if remat else _run
+    return dynamics.conclude(spec, run(phase, carry, tracked))
+
+
+def _run(phase: Sweeps, carry: Carry, count: int) -> Carry:
+    return jax.lax.scan(phase.sweep, carry, length=count)[0]
+
+
+def _run_in_segments(phase: Sweeps, carry: Carry, count: int) -> Carry:
+    """`_run` that remembers the carry between segments of about ``sqrt(count)`` sweeps only."""
+    length = math.isqrt(count)
+    segments, rest = divmod(count, length)
+    # Inside a scan nothing can merge the second forward pass with the first.
+    segment = jax.checkpoint(lambda carry: _run(phase, carry, length), prevent_cse=False)
+    carry, _ = jax.lax.scan(lambda carry, _: (segment(carry), None), carry, length=segments)
+    return jax.checkpoint(lambda carry: _run(phase, carry, rest))(carry) if rest else carry
