@@ -16,7 +16,8 @@ relaxes, in units in which it is of order one in every layer::
 
 with ``I0`` the currents of the free state, ``s0 = sigma(I0)`` and ``A'`` the drive without bias.
 All maps between layers are affine, so this is exact at any beta; no small difference of large
-numbers is formed, so it is exact in any precision.
+numbers is formed, so it is exact in any precision. (A max pool is affine but for its winners; its
+exact differences are in `ep_jax.network`.)
 """
 
 from __future__ import annotations
@@ -137,9 +138,6 @@ def check_phases(spec: NetworkSpec, phases: Phases, key: jax.Array | None) -> No
     """Raise where `phases` or `key` do not suit `spec`."""
     if not isinstance(phases, Phases):
         raise TypeError(f"phases is {phases!r}; expected ep_jax.Phases")
-    if phases.coordinates == "displacement" and not all(map(is_linear, spec.layers)):
-        raise ValueError("coordinates is 'displacement', but a layer has pool='max', whose winners "
-                         "change; expected coordinates='absolute' with max pooling")  # fmt: skip
     if phases.estimator == "holomorphic" and not is_holomorphic(spec):
         raise ValueError(f"estimator is 'holomorphic', but the network has {spec.neuron} or a max "
                          "pool, which are not smooth; expected Rate neurons with activation "
@@ -211,7 +209,6 @@ class Sweeps(NamedTuple):
 
 def _sweeps(
     spec: NetworkSpec,
-    links: Links,
     phases: Phases,
     *,
     start: State,
@@ -219,7 +216,7 @@ def _sweeps(
     relaxes: tuple[Relax, ...],
     nudged: bool,
     displaced: bool,
-    gains: tuple[float, float],
+    current: Callable[[int, State], jax.Array],
     units: tuple[jax.Array | float, ...],
     key: jax.Array | None,
     trace: Trace | None,
@@ -245,7 +242,7 @@ def _sweeps(
             heard = tuple(latest if in_place else before)
             # The barrier makes the current once; without it XLA repeats the adjoint's sums wherever
             # the neuron model reads it.
-            incoming = jax.lax.optimization_barrier(network.current(spec, links, l, heard, *gains))
+            incoming = jax.lax.optimization_barrier(current(l, heard))
             clock = Clock(
                 step=t,
                 steps=steps,
@@ -343,14 +340,13 @@ def free_sweeps(
     gains = (1.0, spec.feedback)
     return _sweeps(
         spec,
-        links,
         phases,
         start=zeros if start is None else start,
         start_currents=zeros if start is None else network.currents(spec, links, start, *gains),
         relaxes=_absolute(spec, links, drive, None),
         nudged=False,
         displaced=False,
-        gains=gains,
+        current=lambda l, signals: network.current(spec, links, l, signals, *gains),
         units=(1.0,) * spec.depth,
         key=key,
         trace=trace,
@@ -389,14 +385,13 @@ def settle_nudged(
     gains = (1.0, spec.feedback)
     phase = _sweeps(
         spec,
-        links,
         phases,
         start=state,
         start_currents=network.currents(spec, links, state, *gains),
         relaxes=_absolute(spec, links, drive, nudge),
         nudged=True,
         displaced=False,
-        gains=gains,
+        current=lambda l, signals: network.current(spec, links, l, signals, *gains),
         units=tuple(jnp.abs(beta) * spec.weight_of(l) for l in range(spec.depth)),
         key=key,
         trace=trace,
@@ -407,21 +402,25 @@ def settle_nudged(
 class Base(NamedTuple):
     """What a displacement starts from, packed: the free state ``s0`` and its currents ``I0``.
 
-    It is also one synchronous sweep of rate neurons, ``s0 = sigma(I(s))``: the map whose fixed
-    point the network relaxes to.
+    Attributes:
+        state: ``s0 = sigma(I0)``: one synchronous sweep of rate neurons, the map whose fixed point
+            the network relaxes to.
+        currents: ``I0``, with input and bias.
+        behind: see `ep_jax.network.behind`, of each layer; ``None`` without max pool.
     """
 
     state: State
     currents: State
+    behind: tuple[jax.Array | None, ...]
 
 
 def base_of(spec: NetworkSpec, links: Links, drive: jax.Array, state: State) -> Base:
     """The base of a displacement: ``I0 = I(state)`` with input and bias, and ``s0 = sigma(I0)``."""
     signals = network.currents(spec, links, state, 1.0, spec.feedback)
     currents = tuple(map(jnp.add, external(spec, links, drive), signals))
-    return Base(
-        tuple(activation_of(spec, l).apply(current) for l, current in enumerate(currents)), currents
-    )
+    base = tuple(activation_of(spec, l).apply(current) for l, current in enumerate(currents))
+    contests = (network.behind(spec, links, l, base[l - 1]) for l in range(1, spec.depth))
+    return Base(base, currents, (None, *contests))
 
 
 def settle_displacement(
@@ -447,17 +446,35 @@ def settle_displacement(
 
         return step
 
+    def current(l: int, signals: State) -> jax.Array:
+        total = jnp.zeros_like(signals[l])
+        if l > 0:
+            moved = network.drive_difference(
+                spec, links, l, signals[l - 1], base.behind[l], units[l - 1]
+            )
+            total = total + spec.feedback * moved
+        if l + 1 < spec.depth:
+            total = total + network.feedback_difference(
+                spec,
+                links,
+                l,
+                signals[l],
+                (signals[l + 1], base.state[l + 1]),
+                base.behind[l + 1],
+                (units[l], units[l + 1]),
+            )
+        return total
+
     at_rest = tuple(map(jnp.zeros_like, base.state))
     phase = _sweeps(
         spec,
-        links,
         phases,
         start=at_rest,
         start_currents=at_rest,
         relaxes=tuple(map(layer, range(spec.depth))),
         nudged=True,
         displaced=True,
-        gains=(spec.feedback, 1.0),
+        current=current,
         units=units,
         key=key,
         trace=trace,

@@ -200,8 +200,8 @@ def _convolve(packed: jax.Array, window: _Window, matrix: jax.Array) -> jax.Arra
     return functools.reduce(jnp.add, products)
 
 
-def linear_drive(layer: Layer, below: Shape, matrix: jax.Array, packed: jax.Array) -> jax.Array:
-    """The bias-free drive ``B(s)`` in the layer's logical output shape.
+def convolve(layer: Layer, below: Shape, matrix: jax.Array, packed: jax.Array) -> jax.Array:
+    """The linear part of a drive: all of it but a pool that is not folded.
 
     Args:
         layer: the layer.
@@ -211,9 +211,18 @@ def linear_drive(layer: Layer, below: Shape, matrix: jax.Array, packed: jax.Arra
     """
     if isinstance(layer, Dense):
         return packed @ matrix
-    out = _convolve(packed, _window(layer, below), matrix)
-    if layer.pool is None or _folds(layer):
-        return out
-    h, w, c = out.shape
-    windows = out.reshape(h // 2, 2, w // 2, 2, c)
+    return _convolve(packed, _window(layer, below), matrix)
+
+
+def pool(layer: Layer, convolved: jax.Array) -> jax.Array:
+    """The pool that is left to do on what `convolve` returns."""
+    if isinstance(layer, Dense) or layer.pool is None or _folds(layer):
+        return convolved
+    windows = windows_of(convolved)
     return windows.mean((1, 3)) if layer.pool == "avg" else windows.max((1, 3))
+
+
+def windows_of(convolved: jax.Array) -> jax.Array:
+    """``[H, W, C]`` as ``[H/2, 2, W/2, 2, C]``: the windows of the pools are axes 1 and 3."""
+    h, w, c = convolved.shape
+    return convolved.reshape(h // 2, 2, w // 2, 2, c)

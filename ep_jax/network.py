@@ -215,8 +215,16 @@ def unpack(spec: NetworkSpec, packed: State) -> State:
 
 def drive(spec: NetworkSpec, links: Links, l: int, below: jax.Array) -> jax.Array:
     """The bias-free drive of layer ``l`` (0-based) by the packed state below it, packed."""
-    out = ops.linear_drive(spec.layers[l], spec.shapes[l], links.matrices[l], below)
-    return ops.pack(spec.layers[l + 1], out.shape, out) if l + 1 < spec.depth else out
+    return _packed(spec, l, ops.pool(spec.layers[l], _convolve(spec, links, l, below)))
+
+
+def _convolve(spec: NetworkSpec, links: Links, l: int, below: jax.Array) -> jax.Array:
+    return ops.convolve(spec.layers[l], spec.shapes[l], links.matrices[l], below)
+
+
+def _packed(spec: NetworkSpec, l: int, state: jax.Array) -> jax.Array:
+    """A logical state of layer ``l`` as the layer above it reads it."""
+    return ops.pack(spec.layers[l + 1], state.shape, state) if l + 1 < spec.depth else state
 
 
 def feedback(
@@ -273,6 +281,101 @@ def currents(
     return tuple(
         current(spec, links, l, signals, from_below, from_above) for l in range(spec.depth)
     )
+
+
+# Differences of drives and adjoints under a displacement ``s_l = s0_l + beta_l D_l`` of the state,
+# without cancellation. An affine map acts on D alone. Of a max pool, the winners move as well.
+
+
+def behind(spec: NetworkSpec, links: Links, l: int, below: jax.Array) -> jax.Array | None:
+    """How far each unit is behind the winner of its window in the max pool of layer ``l``.
+
+    ``z_i - max_j z_j <= 0`` with ``z`` the convolution before the pool; ``None`` without max pool.
+    """
+    if is_linear(spec.layers[l]):
+        return None
+    windows = ops.windows_of(_convolve(spec, links, l, below))
+    return windows - windows.max((1, 3), keepdims=True)
+
+
+def drive_difference(
+    spec: NetworkSpec,
+    links: Links,
+    l: int,
+    d: jax.Array,
+    behind: jax.Array | None,
+    unit: jax.Array | float,
+) -> jax.Array:
+    """``[A_l(s0 + unit d) - A_l(s0)] / unit`` for the displacement `d` of the layer below.
+
+    For a max pool ``max_i(z'_i + behind_i / unit)``, with ``z'`` the convolution of `d` (the
+    minimum for a negative unit).
+    """
+    if behind is None:
+        return drive(spec, links, l, d)
+    sign = jnp.sign(unit)
+    return _packed(spec, l, sign * (sign * _contest(spec, links, l, d, behind, unit)).max((1, 3)))
+
+
+def feedback_difference(
+    spec: NetworkSpec,
+    links: Links,
+    l: int,
+    d: jax.Array,
+    above: tuple[jax.Array, jax.Array],
+    behind: jax.Array | None,
+    units: tuple[jax.Array | float, jax.Array | float],
+) -> jax.Array:
+    """The difference of `feedback` to layer ``l``, in units of layer ``l + 1``.
+
+    For a max pool ``conv^T(w D_{l+1} + (w - w0) s0_{l+1} / beta_{l+1})``, with ``w`` and ``w0`` the
+    one-hot winners of each window now and at ``s0``.
+
+    Args:
+        spec: the network.
+        links: its parameters.
+        l: number of the layer.
+        d: its displacement.
+        above: displacement ``D_{l+1}`` and base ``s0_{l+1}`` of the layer above, packed.
+        behind: see `behind`, of the layer above.
+        units: ``beta_l`` and ``beta_{l+1}``.
+    """
+    moved, base = above
+    if behind is None:
+        return feedback(spec, links, l, d, moved)
+    unit, unit_above = units
+    now = _winners(jnp.sign(unit) * _contest(spec, links, l + 1, d, behind, unit))
+
+    def up(s: jax.Array) -> jax.Array:
+        return _convolve(spec, links, l + 1, s)
+
+    def spread(packed: jax.Array) -> jax.Array:
+        """A packed state of the layer above, one value for each window."""
+        if l + 2 < spec.depth:
+            packed = ops.unpack(spec.layers[l + 2], spec.state_shapes[l + 1], packed)
+        return packed[:, None, :, None]
+
+    field = now * spread(moved) + (now - _winners(behind)) * spread(base) / unit_above
+    shape = jax.eval_shape(up, d).shape
+    return jax.linear_transpose(up, d)(field.reshape(shape))[0]
+
+
+def _contest(
+    spec: NetworkSpec,
+    links: Links,
+    l: int,
+    d: jax.Array,
+    behind: jax.Array,
+    unit: jax.Array | float,
+) -> jax.Array:
+    """Who wins in the windows of a max pool, in units of the displacement `d` below it."""
+    return ops.windows_of(_convolve(spec, links, l, d)) + behind / unit
+
+
+def _winners(windows: jax.Array) -> jax.Array:
+    """One-hot winners of each window; equals share, as in the derivative of a maximum."""
+    won = (windows == windows.max((1, 3), keepdims=True)).astype(windows.dtype)
+    return won / won.sum((1, 3), keepdims=True)
 
 
 def working_phi(spec: NetworkSpec, links: Links, x: jax.Array, packed: State) -> jax.Array:

@@ -30,6 +30,8 @@ class Config:
     """Where MNIST data lie (IDX files or TFDS data); by default TFDS_DATA_DIR."""
     validation: int | None = None
     """Training images held out to choose by; by default 5,000 (digits: 200)."""
+    train_images: int | None = None
+    """Learn from the first so many of the other training images only."""
     seed: int = 0
     """Seed of initial weights, order of the images and all other randomness."""
     epochs: int = 10
@@ -107,6 +109,8 @@ class Config:
         check_integer("seed", self.seed, at_least=0)
         for name in ("epochs", "batch", "steps_per_dispatch"):
             check_integer(name, getattr(self, name), at_least=1)
+        if self.train_images is not None:
+            check_integer("train_images", self.train_images, at_least=1)
         check_integer("shift", self.shift, at_least=0)
         check_number("feedback", self.feedback, above=0.0, at_most=1.0)
         for name in ("learning_rate", "gain"):

@@ -77,6 +77,14 @@ def train(
         raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, or "
                               "--resume to go on with that run")  # fmt: skip
     data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
+    if config.train_images is not None:
+        if config.train_images > len(data.train_images):
+            raise ValueError(f"train_images is {config.train_images}; expected at most the "
+                             f"{len(data.train_images)} there are")  # fmt: skip
+        kept = slice(config.train_images)
+        data = data._replace(
+            train_images=data.train_images[kept], train_labels=data.train_labels[kept]
+        )
     spec = spec_of(config, data.train_images.shape[1:], data.classes)
     plan = _batches(config, data, epoch=0)
     optimizer = training.make_optimizer(

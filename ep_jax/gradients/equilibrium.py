@@ -78,8 +78,10 @@ def displacement_psi(
             below = network.input_drive(spec, links, x)
         else:
             below = network.drive(spec, links, l, base.state[l - 1])
+            behind = network.behind(spec, links, l, base.state[l - 1])
+            unit = beta * spec.weight_of(l - 1)
+            moved = network.drive_difference(spec, links, l, d[l - 1], behind, unit)
             nudged = base.state[l] + beta * spec.weight_of(l) * v
-            moved = network.drive(spec, links, l, d[l - 1])
             total = total + spec.feedback * jnp.sum(moved * nudged)
         total = total + jnp.sum((below + links.biases[l]) * v)
     return total
