@@ -1,9 +1,10 @@
 """Equilibrium Propagation for convolutional spiking convergent RNNs.
 
-The names a user needs; `ep_jax.data`, `ep_jax.training`, `ep_jax.presets`, `ep_jax.run` and
-`ep_jax.plots` are imported by name.
+The names a user needs; `ep_jax.data`, `ep_jax.spikes`, `ep_jax.training`, `ep_jax.presets`,
+`ep_jax.run` and `ep_jax.plots` are imported by name.
 """
 
+from ep_jax import diagnostics
 from ep_jax.checkpoint import load_weights, save_weights
 from ep_jax.dynamics import PhaseInfo, Phases, Snapshot, free_phase, nudged_phase
 from ep_jax.gradients.batch import GradientInfo
@@ -32,6 +33,7 @@ __all__ = [
     "Snapshot",
     "State",
     "bptt_gradient",
+    "diagnostics",
     "energy",
     "ep_gradient",
     "free_phase",

@@ -1,0 +1,515 @@
+"""Whether to trust a gradient: comparisons, GDU curves, distances, contractivity.
+
+The reference for every network, spiking ones as well, is the exact gradient of its *rate twin*: the
+rate network with the same parameters and activation, at its fixed point (`exact_gradient`).
+
+All functions are pure and can be jitted with ``spec`` and ``phases`` static, except
+`check_contractivity`, which warns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ep_jax import dynamics, network
+from ep_jax.checks import check_integer
+from ep_jax.costs import cost
+from ep_jax.dynamics import PhaseInfo, Phases
+from ep_jax.gradients.batch import check, settle
+from ep_jax.gradients.implicit import implicit_gradient
+from ep_jax.network import NetworkSpec, Params, State
+from ep_jax.neurons import Rate
+
+
+def rate_twin(spec: NetworkSpec) -> NetworkSpec:
+    """The rate network whose fixed point the neurons of `spec` encode.
+
+    Example:
+        >>> rate_twin(NetworkSpec((3,), (network.Dense(2),))).neuron
+        Rate(epsilon=1.0, activation='hard_sigmoid', epsilon_power=0.0)
+    """
+    return dataclasses.replace(spec, neuron=Rate(activation=spec.neuron.activation))
+
+
+SETTLED = Phases(free=200, sweep="alternating")
+"""Sweeps after which a contractive rate network has reached its fixed point."""
+
+
+def exact_gradient(
+    params: Params, spec: NetworkSpec, xs: jax.Array, ys: jax.Array, phases: Phases = SETTLED
+) -> Params:
+    """The exact gradient of the rate twin of `spec` at its fixed point, the reference.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network, of any neuron model.
+        xs: inputs ``[B, *spec.input_shape]``.
+        ys: integer labels ``[B]`` or one-hot targets.
+        phases: the free phase in which the rate twin settles.
+    """
+    return implicit_gradient(params, rate_twin(spec), xs, ys, phases)[0]
+
+
+# Gradients compared.
+
+
+class Agreement(NamedTuple):
+    """How an estimate compares with the exact gradient, of each layer and of all together.
+
+    Attributes:
+        cosine: cosine of the angle between them, ``[layers]``.
+        norm_ratio: norm of the estimate over that of the exact gradient, ``[layers]``.
+        relative_error: norm of their difference over that of the exact gradient, ``[layers]``.
+        total_cosine: cosine over all layers.
+        total_norm_ratio: norm ratio over all layers.
+        total_relative_error: relative error over all layers.
+    """
+
+    cosine: jax.Array
+    norm_ratio: jax.Array
+    relative_error: jax.Array
+    total_cosine: jax.Array
+    total_norm_ratio: jax.Array
+    total_relative_error: jax.Array
+
+
+def compare(estimate: Params, exact: Params) -> Agreement:
+    """Cosine, norm ratio and relative error of a gradient, layer by layer (weights and biases).
+
+    A layer whose exact gradient is zero has no angle: NaN.
+
+    Example:
+        >>> exact = ({"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])},)
+        >>> double = ({"w": jnp.array([6.0, 0.0]), "b": jnp.array([8.0])},)
+        >>> agreement = compare(double, exact)
+        >>> float(agreement.cosine[0]), float(agreement.norm_ratio[0])
+        (1.0, 2.0)
+    """
+
+    def products(a: Params, b: Params) -> jax.Array:
+        def layer(p: Any, q: Any) -> jax.Array:
+            pairs = zip(jax.tree.leaves(p), jax.tree.leaves(q), strict=True)
+            return jnp.sum(jnp.stack([jnp.vdot(x, y) for x, y in pairs]))
+
+        return jnp.stack([layer(p, q) for p, q in zip(a, b, strict=True)])
+
+    difference = jax.tree.map(jnp.subtract, estimate, exact)
+    dot, here, there, apart = (
+        products(a, b)
+        for a, b in (
+            (estimate, exact),
+            (estimate, estimate),
+            (exact, exact),
+            (difference, difference),
+        )
+    )
+
+    def measures(dot: Any, here: Any, there: Any, apart: Any) -> tuple[jax.Array, ...]:
+        return dot / jnp.sqrt(here * there), jnp.sqrt(here / there), jnp.sqrt(apart / there)
+
+    sums = (jnp.sum(v) for v in (dot, here, there, apart))
+    return Agreement(*measures(dot, here, there, apart), *measures(*sums))
+
+
+class Spread(NamedTuple):
+    """Mean-square error of an estimator, split; relative to the exact gradient's squared norm.
+
+    Attributes:
+        bias: ``|E[g] - exact|^2 / |exact|^2`` of each layer: averaging does not remove it.
+        variance: ``E |g - E[g]|^2 / |exact|^2`` of each layer: averaging does.
+    """
+
+    bias: jax.Array
+    variance: jax.Array
+
+
+def bias_and_variance(estimates: Params, exact: Params) -> Spread:
+    """Bias and variance of an estimator over seeds (of its random keys, batches, weights).
+
+    With S estimates the squared bias holds ``variance / S`` too, which is subtracted: it is
+    unbiased, and near zero it can come out negative.
+
+    Args:
+        estimates: gradients with a leading axis of S seeds, as from ``jax.vmap`` over keys.
+        exact: the exact gradient, one for all seeds or with the same leading axis.
+    """
+    layers: list[tuple[jax.Array, jax.Array]] = []
+    for estimate, true in zip(estimates, exact, strict=True):
+        bias, variance, norm = (jnp.zeros(()),) * 3
+        for name, e in estimate.items():
+            seeds = len(e)
+            t = jnp.broadcast_to(true[name], e.shape)
+            wrong = e - t
+            mean = jnp.mean(wrong, 0)
+            spread = jnp.sum((wrong - mean) ** 2) / (seeds - 1)
+            bias = bias + jnp.sum(mean**2) - spread / seeds
+            variance = variance + spread
+            norm = norm + jnp.sum(t**2) / seeds
+        layers.append((bias / norm, variance / norm))
+    return Spread(*(jnp.stack(values) for values in zip(*layers, strict=True)))
+
+
+# Gradient-descending updates.
+
+
+class GDU(NamedTuple):
+    """EP's updates and BPTT's gradients, sweep by sweep; both have the sign of an update.
+
+    The theorem of Ernoult et al. (NeurIPS 2019): in the limit of small beta they are equal in every
+    sweep, not in their sum alone. Arrays have a leading axis of K sweeps; entry t belongs to the
+    t-th sweep of the nudged phase, and to the t-th last of the free phase.
+
+    Attributes:
+        ep_state: ``[s^beta_{t+1} - s^beta_t] / (beta alpha^(L - l))``, ``[K, B, ...]``.
+        bptt_state: ``-dC/dI_l(T - t)``, minus the gradient with respect to the unit's drive.
+        ep_params: ``[dPhi(s^beta_{t+1}) - dPhi(s^beta_t)] / beta``, mean over the batch.
+        bptt_params: ``-dC/dtheta(T - t)``: of the parameters' use in that sweep alone.
+    """
+
+    ep_state: State
+    bptt_state: State
+    ep_params: Params
+    bptt_params: Params
+
+
+def gdu(
+    params: Params,
+    spec: NetworkSpec,
+    xs: jax.Array,
+    ys: jax.Array,
+    phases: Phases,
+    key: jax.Array | None = None,
+) -> GDU:
+    """The GDU curves of a batch over the ``phases.nudged`` sweeps of the nudged phase.
+
+    The theorem wants synchronous sweeps, a free state at rest and a small beta: use float64. Both
+    nudges are run and their half difference taken. BPTT is that of the rate twin.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        xs: inputs ``[B, *spec.input_shape]``.
+        ys: integer labels ``[B]`` or one-hot targets.
+        phases: sweeps and beta; synchronous, absolute coordinates.
+        key: random key, for stochastic neurons.
+
+    Raises:
+        ValueError: `phases` has other sweeps or coordinates.
+
+    Example:
+        >>> spec = NetworkSpec((3,), (network.Dense(4), network.Dense(2)), neuron=Rate())
+        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> curves = gdu(params, spec, jnp.ones((5, 3)), jnp.zeros(5, int), Phases(50, 6, 1e-2))
+        >>> curves.ep_params[0]["w"].shape, curves.bptt_state[1].shape
+        ((6, 3, 4), (6, 5, 2))
+    """
+    if phases.sweep != "synchronous" or phases.coordinates != "absolute":
+        raise ValueError(
+            f"phases has sweep={phases.sweep!r} and coordinates={phases.coordinates!r}; expected "
+            "'synchronous' and 'absolute'"
+        )
+    given = check(params, spec, xs, ys, phases, key)
+    free = settle(params, spec, xs, phases, given.free_keys)
+    start = jax.vmap(lambda s: network.unpack(spec, s))(free.state)
+
+    def nudged(x: jax.Array, y: jax.Array, s: State, key: Any, beta: float) -> State:
+        """The states of the nudged phase, the free one first: ``[K + 1, ...]``."""
+        seen = dynamics.nudged_phase(
+            params, spec, x, y, s, beta, phases, key, trace=lambda now: now.state
+        )[1].trace
+        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), s, seen)
+
+    sides = [
+        jax.vmap(lambda x, y, s, key, beta=beta: nudged(x, y, s, key, beta))(
+            xs, given.ys, start, given.nudged_keys
+        )
+        for beta in (phases.beta, -phases.beta)
+    ]
+    ep_state = tuple(
+        jnp.swapaxes(jnp.diff(plus - minus, axis=1), 0, 1) / (2 * phases.beta * spec.weight_of(l))
+        for l, (plus, minus) in enumerate(zip(*sides, strict=True))
+    )
+
+    def phi_gradient(states: State) -> Params:
+        def mean_phi(params: Params) -> jax.Array:
+            return jnp.mean(jax.vmap(lambda x, s: network.phi(params, spec, x, s))(xs, states))
+
+        return jax.grad(mean_phi)(params)
+
+    # One sweep after the other: K + 1 times the parameters, but never their activations as well.
+    by_sweep = [jax.tree.map(lambda s: jnp.swapaxes(s, 0, 1), side) for side in sides]
+    plus, minus = (jax.lax.map(phi_gradient, side) for side in by_sweep)
+    ep_params = jax.tree.map(lambda p, m: jnp.diff(p - m, axis=0) / (2 * phases.beta), plus, minus)
+    bptt_params, bptt_state = _bptt_by_sweep(params, spec, xs, given.ys, free.state, phases.nudged)
+    return GDU(ep_state, bptt_state, ep_params, bptt_params)
+
+
+def _bptt_by_sweep(
+    params: Params, spec: NetworkSpec, xs: jax.Array, ys: jax.Array, state: State, sweeps: int
+) -> tuple[Params, State]:
+    """Minus the gradient of each of the last `sweeps` sweeps, the last sweep first."""
+    twin = rate_twin(spec)
+
+    def mean_cost(per_sweep: Params, bumps: State) -> jax.Array:
+        def one(x: jax.Array, y: jax.Array, s: State, bumps: State) -> jax.Array:
+            def sweep(s: State, now: tuple[Params, State]) -> tuple[State, None]:
+                links = network.link(now[0], twin)
+                bumped = links._replace(biases=jax.tree.map(jnp.add, links.biases, now[1]))
+                drive = network.input_drive(twin, bumped, x)
+                return dynamics.base_of(twin, bumped, drive, s).state, None
+
+            last = jax.lax.scan(sweep, s, (per_sweep, bumps))[0][-1]
+            return cost(twin, network.link(params, twin), last, y)
+
+        return jnp.mean(jax.vmap(one, in_axes=(0, 0, 0, 1))(xs, ys, state, bumps))
+
+    per_sweep = jax.tree.map(lambda p: jnp.broadcast_to(p, (sweeps, *p.shape)), params)
+    bumps = jax.tree.map(lambda s: jnp.zeros((sweeps, *s.shape), s.dtype), state)
+    grads, states = jax.grad(mean_cost, argnums=(0, 1))(per_sweep, bumps)
+    states = jax.vmap(jax.vmap(lambda s: network.unpack(spec, s)))(states)
+    batch = len(xs)  # the gradient of each example's own cost, not of the mean
+    return (
+        jax.tree.map(lambda g: -g[::-1], grads),
+        jax.tree.map(lambda g: -batch * g[::-1], states),
+    )
+
+
+class CurveErrors(NamedTuple):
+    """How far two bundles of curves are apart, for each layer ``[layers]``.
+
+    Attributes:
+        rmse: root-mean-square difference over the larger of their root-mean-squares.
+        sign_error: share of the points at which both are non-zero and their signs differ.
+    """
+
+    rmse: jax.Array
+    sign_error: jax.Array
+
+
+def curve_errors(ep: Sequence[Any], bptt: Sequence[Any]) -> CurveErrors:
+    """Relative RMSE and sign error per layer, as Ernoult et al. (2019, section 4) measure them.
+
+    Args:
+        ep: ``ep_state`` or ``ep_params`` of a `GDU`.
+        bptt: ``bptt_state`` or ``bptt_params`` of the same.
+    """
+
+    def layer(a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
+        x, y = (jnp.concatenate([v.ravel() for v in jax.tree.leaves(t)]) for t in (a, b))
+        scale = jnp.maximum(jnp.mean(x**2), jnp.mean(y**2))
+        return jnp.sqrt(jnp.mean((x - y) ** 2) / scale), jnp.mean(x * y < 0)
+
+    found = [layer(a, b) for a, b in zip(ep, bptt, strict=True)]
+    return CurveErrors(*(jnp.stack(values) for values in zip(*found, strict=True)))
+
+
+# States and the map they are fixed points of.
+
+
+class StateDistance(NamedTuple):
+    """Distance of settled states from the rate twin's fixed points, for each layer ``[layers]``.
+
+    Attributes:
+        rms: root-mean-square distance of a unit.
+        relative: the same over the root-mean-square of the fixed points.
+        info: mean `PhaseInfo` of the settled states: residual, spikes per neuron.
+    """
+
+    rms: jax.Array
+    relative: jax.Array
+    info: PhaseInfo
+
+
+def distance_to_rate(
+    params: Params,
+    spec: NetworkSpec,
+    xs: jax.Array,
+    phases: Phases,
+    key: jax.Array | None = None,
+    reference: Phases = SETTLED,
+) -> StateDistance:
+    """How far the free states of `spec` are from the fixed points that they encode.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        xs: inputs ``[B, *spec.input_shape]``.
+        phases: its free phase.
+        key: random key, for stochastic neurons.
+        reference: the free phase in which the rate twin settles.
+    """
+    labels = jnp.zeros(len(xs), jnp.int32)  # no cost is asked for
+    keys = check(params, spec, xs, labels, phases, key).free_keys
+    free = settle(params, spec, xs, phases, keys)
+    fixed = settle(params, rate_twin(spec), xs, reference, None)
+
+    def rms(values: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.mean(values**2))
+
+    apart = jnp.stack([rms(a - b) for a, b in zip(free.state, fixed.state, strict=True)])
+    size = jnp.stack([rms(b) for b in fixed.state])
+    return StateDistance(apart, apart / size, jax.tree.map(jnp.mean, free.info))
+
+
+def spectral_radius(
+    params: Params, spec: NetworkSpec, x: jax.Array, state: State, iterations: int = 100
+) -> jax.Array:
+    """The spectral radius of the relaxation's Jacobian at `state`, one example; matrix-free.
+
+    The Jacobian of a synchronous sweep, ``diag(sigma') alpha^(L - l) d2Phi/ds2``, is self-adjoint
+    in the metric ``sum_l alpha^(l - L) u_l v_l / sigma'_l``, so its eigenvalues are real and the
+    power iteration's growth in that metric approaches the largest modulus from below. The state is
+    stable where it is below 1; an alternating sweep shrinks errors by its square.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network, of any neuron model: the Jacobian is that of its rate twin.
+        x: one input.
+        state: one state, as from `ep_jax.free_phase`.
+        iterations: products with the Jacobian.
+
+    Example:
+        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)), feedback=0.5)
+        >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
+        >>> state = (jnp.array([0.5]), jnp.array([0.5]))
+        >>> round(float(spectral_radius(params, spec, jnp.array([0.25]), state)), 4)  # sqrt(1/2)
+        0.7071
+    """
+    network.check_example(spec, params, x, state)
+    check_integer("iterations", iterations, at_least=1)
+    links = network.link(params, spec)
+    drive = network.input_drive(spec, links, x)
+    packed = network.pack(spec, state)
+    currents = dynamics.base_of(spec, links, drive, packed).currents
+    slopes = tuple(
+        jax.jvp(dynamics.activation_of(spec, l).apply, (i,), (jnp.ones_like(i),))[1]
+        for l, i in enumerate(currents)
+    )
+    push = jax.linearize(lambda s: dynamics.base_of(spec, links, drive, s).state, packed)[1]
+
+    def norm(v: State) -> jax.Array:
+        squares = (
+            jnp.sum(jnp.where(slope > 0, u**2 / jnp.where(slope > 0, slope, 1.0), 0.0))
+            / spec.weight_of(l)
+            for l, (u, slope) in enumerate(zip(v, slopes, strict=True))
+        )
+        return jnp.sqrt(sum(squares, start=jnp.zeros((), x.dtype)))
+
+    def scaled(v: State) -> State:
+        size = norm(v)
+        return jax.tree.map(lambda u: u / jnp.where(size > 0, size, 1.0), v)
+
+    def multiply(_: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        new = push(carry[0])
+        return scaled(new), norm(new)  # the norm before was 1
+
+    keys = jax.random.split(jax.random.key(0), spec.depth)
+    start = tuple(
+        jax.random.normal(k, s.shape, s.dtype) * slope
+        for k, s, slope in zip(keys, packed, slopes, strict=True)
+    )
+    return jax.lax.fori_loop(0, iterations, multiply, (scaled(start), jnp.zeros((), x.dtype)))[1]
+
+
+class Contractivity(NamedTuple):
+    """Whether EP's premise holds: each example has one stable fixed point, and reaches it.
+
+    Attributes:
+        radius: `spectral_radius` at the state reached from zero, ``[B]``; below 1 it is stable.
+        disagreement: largest distance of a unit between the states reached from zero and from
+            random starts, ``[B]``.
+        residual: residual of the last sweep from zero, ``[B]``.
+    """
+
+    radius: jax.Array
+    disagreement: jax.Array
+    residual: jax.Array
+
+
+def contractivity(
+    params: Params,
+    spec: NetworkSpec,
+    xs: jax.Array,
+    phases: Phases = SETTLED,
+    starts: int = 3,
+    key: jax.Array | None = None,
+) -> Contractivity:
+    """Spectral radius at the fixed points of the rate twin, and their agreement between starts.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        xs: inputs ``[B, *spec.input_shape]``.
+        phases: the free phase in which the rate twin settles.
+        starts: number of random starts, uniform in [0, 1].
+        key: random key of the starts; a fixed one by default.
+    """
+    network.check_params(spec, params)
+    dynamics.check_inputs(spec, xs)
+    check_integer("starts", starts, at_least=1)
+    twin = rate_twin(spec)
+    key = jax.random.key(0) if key is None else key
+
+    def one(x: jax.Array, key: jax.Array) -> Contractivity:
+        state, info = dynamics.free_phase(params, twin, x, phases)
+
+        def apart(key: jax.Array) -> jax.Array:
+            keys = jax.random.split(key, spec.depth)
+            start = tuple(
+                jax.random.uniform(k, s.shape, s.dtype) for k, s in zip(keys, state, strict=True)
+            )
+            other, _ = dynamics.free_phase(params, twin, x, phases, start=start)
+            gaps = [jnp.max(jnp.abs(a - b)) for a, b in zip(state, other, strict=True)]
+            return jnp.max(jnp.stack(gaps))
+
+        gaps = jax.lax.map(apart, jax.random.split(key, starts))
+        radius = spectral_radius(params, spec, x, state)
+        return Contractivity(radius, jnp.max(gaps), info.residual)
+
+    return jax.vmap(one)(xs, jax.random.split(key, len(xs)))
+
+
+class NotContractiveWarning(UserWarning):
+    """EP's premise fails: its gradient need not be that of the cost."""
+
+
+def check_contractivity(
+    params: Params,
+    spec: NetworkSpec,
+    xs: jax.Array,
+    phases: Phases = SETTLED,
+    tolerance: float = 1e-2,
+) -> Contractivity:
+    """`contractivity` of a batch, with a warning where EP's premise fails.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        xs: inputs ``[B, *spec.input_shape]``.
+        phases: the free phase in which the rate twin settles.
+        tolerance: states further apart than this are different fixed points.
+
+    Warns:
+        NotContractiveWarning: a fixed point with a spectral radius of at least 1, or one that
+            depends on the start.
+    """
+    found = jax.jit(contractivity, static_argnames=("spec", "phases"))(params, spec, xs, phases)
+    unstable = int(jnp.sum(~(found.radius < 1.0)))
+    ambiguous = int(jnp.sum(~(found.disagreement < tolerance)))
+    if unstable or ambiguous:
+        warnings.warn(
+            f"of {len(xs)} examples {unstable} have a relaxation with a spectral radius of 1 or "
+            f"more (largest {float(found.radius.max()):.3g}), and {ambiguous} a state after "
+            f"{phases.free} sweeps that depends on the start (distance of a unit up to "
+            f"{float(found.disagreement.max()):.2g}): EP's gradient need not be that of the cost. "
+            "Weaker feedback, weight decay or a smaller gain make the relaxation contractive",
+            NotContractiveWarning,
+            stacklevel=2,
+        )
+    return found
