@@ -218,6 +218,7 @@ def _sweeps(
     displaced: bool,
     current: Callable[[int, State], jax.Array],
     units: tuple[jax.Array | float, ...],
+    error: jax.Array | float,
     key: jax.Array | None,
     trace: Trace | None,
 ) -> Sweeps:
@@ -248,7 +249,7 @@ def _sweeps(
                 steps=steps,
                 before=phases.free if nudged else 0,
                 layer=l + 1,
-                unit=1.0 if displaced else units[l],
+                unit=error if displaced else error * jnp.abs(units[l]),
                 fresh=in_place and bool(updated & {l - 1, l + 1}),
                 nudged=nudged,
                 displaced=displaced,
@@ -348,6 +349,7 @@ def free_sweeps(
         displaced=False,
         current=lambda l, signals: network.current(spec, links, l, signals, *gains),
         units=(1.0,) * spec.depth,
+        error=1.0,
         key=key,
         trace=trace,
     )
@@ -392,11 +394,22 @@ def settle_nudged(
         nudged=True,
         displaced=False,
         current=lambda l, signals: network.current(spec, links, l, signals, *gains),
-        units=tuple(jnp.abs(beta) * spec.weight_of(l) for l in range(spec.depth)),
+        units=tuple(beta * spec.weight_of(l) for l in range(spec.depth)),
+        error=output_error(links, state[-1], y),
         key=key,
         trace=trace,
     )
     return _run(spec, phase)
+
+
+def output_error(links: Links, last: jax.Array, y: jax.Array) -> jax.Array:
+    """``max |dC/ds_L|`` at the free state: the size of a displacement, in its own units.
+
+    Spiking neurons scale the quantum of a nudged phase by it, so that what is learned from an
+    example is coded as finely where its error is small as where it is large.
+    """
+    size = jnp.max(jnp.abs(cost_gradient(links, last, y)))
+    return jnp.maximum(size, jnp.finfo(size.dtype).eps)  # what is below rounding is no error
 
 
 class Base(NamedTuple):
@@ -476,6 +489,7 @@ def settle_displacement(
         displaced=True,
         current=current,
         units=units,
+        error=output_error(links, base.state[-1], y),
         key=key,
         trace=trace,
     )

@@ -41,9 +41,9 @@ class Clock(NamedTuple):
         steps: number of sweeps of the phase.
         before: number of sweeps of the phases before this one.
         layer: 1-based number of the layer.
-        unit: size that a displacement of order one has in this layer and phase: 1 in the free phase
-            and in displacement coordinates, ``|beta| alpha^(L - l)`` in a nudged phase in absolute
-            coordinates.
+        unit: size of what is coded in this layer and phase: 1 in the free phase; in a nudged one
+            the output's error ``e = max |dC/ds_L|``, in absolute coordinates times ``|beta|
+            alpha^(L - l)``.
         fresh: whether neighbours that this layer listens to were updated in this very sweep.
         nudged: whether this is a nudged phase.
         displaced: whether ``s`` is a displacement, which may have either sign.
@@ -383,7 +383,7 @@ class SigmaDelta:
             epsilon = _power_law(self.epsilon, self.epsilon_power, self.epsilon_floor, now)
         s = relax(state.s, decoded, epsilon)
         value = state.error + (s - (1.0 - sent) * state.s) / sent
-        quantum = self.nudged_quantum if clock.displaced else 1.0
+        quantum = self.nudged_quantum * clock.unit if clock.displaced else 1.0
         quantise = spikes.rounded if clock.displaced else spikes.binary
         count = quantise(value / quantum, self.surrogate)
         error = jnp.clip(value - quantum * count, -0.5 * quantum, 0.5 * quantum)
@@ -573,7 +573,7 @@ class Bernoulli:
         s = relax(
             state.s, current, _power_law(self.epsilon, self.epsilon_power, self.epsilon_floor, now)
         )
-        quantum = self.nudged_quantum if clock.displaced else 1.0
+        quantum = self.nudged_quantum * clock.unit if clock.displaced else 1.0
         dice = jax.random.uniform(key, s.shape, s.dtype)
         count = spikes.floored(s / quantum + dice, self.surrogate)
         count = count if clock.displaced else jnp.clip(count, 0.0, 1.0)
@@ -665,7 +665,7 @@ class IntegrateFire:
     ) -> tuple[IntegrateFireState, jax.Array]:
         """See `Neuron`."""
         del key
-        quantum = self.nudged_quantum if clock.displaced else 1.0
+        quantum = self.nudged_quantum * clock.unit if clock.displaced else 1.0
         membrane = self.leak * state.membrane + relax(state.s, current, 1.0)
         fire = spikes.rounded if clock.displaced else spikes.fire
         number = fire(membrane / quantum, self.surrogate)

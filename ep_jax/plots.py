@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ep_jax.diagnostics import GDU
 from ep_jax.dynamics import Phases, Snapshot, free_phase
 from ep_jax.network import NetworkSpec, Params, energy
 
@@ -152,4 +153,61 @@ def filters(params: Params) -> Figure | None:
         axis.axis("off")
         if i < w.shape[-1]:
             axis.imshow(w[:, :, :, i].mean(2), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    return figure
+
+
+@mpl.rc_context(_STYLE)
+def gdu(curves: GDU, shown: int = 4) -> Figure:
+    """EP's updates (dashed) on BPTT's gradients (solid), sweep by sweep, for each layer.
+
+    Args:
+        curves: from `ep_jax.diagnostics.gdu`.
+        shown: units of the first example, and weights, drawn of each layer: those that are updated
+            most.
+    """
+    depth = len(curves.ep_state)
+    figure = Figure(figsize=(3.0 * depth, 5.4), layout="constrained")
+    axes = figure.subplots(2, depth, squeeze=False)
+    for l in range(depth):
+        pairs = {
+            "drive of unit": (curves.ep_state[l][:, 0], curves.bptt_state[l][:, 0]),
+            "weight": (curves.ep_params[l]["w"], curves.bptt_params[l]["w"]),
+        }
+        for axis, (what, pair) in zip(axes[:, l], pairs.items(), strict=True):
+            ep, bptt = (np.asarray(a).reshape(len(a), -1) for a in pair)
+            most = np.argsort(-np.abs(bptt).max(0))[:shown]
+            sweeps = np.arange(1, len(ep) + 1)
+            for i, unit in enumerate(most):
+                axis.plot(sweeps, bptt[:, unit], color=f"C{i}", alpha=0.5, lw=3)
+                axis.plot(sweeps, ep[:, unit], "--", color=f"C{i}", lw=1.2)
+            axis.set(title=f"layer {l + 1}, {what}", xlabel="sweep")
+            axis.ticklabel_format(axis="y", scilimits=(-2, 2))
+    axes[0, 0].plot([], [], color="0.4", alpha=0.5, lw=3, label="BPTT")
+    axes[0, 0].plot([], [], "--", color="0.4", lw=1.2, label="EP")
+    axes[0, 0].legend()
+    return figure
+
+
+@mpl.rc_context(_STYLE)
+def agreement(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Cosine and norm ratio per layer of several gradients; every batch is a point.
+
+    Args:
+        results: for each name ``cosine`` and ``norm_ratio``, ``[batches, layers]``, as in
+            `ep_jax.diagnostics.Agreement`.
+    """
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (name, found) in enumerate(results.items()):
+        cosine, ratio = np.asarray(found["cosine"]), np.asarray(found["norm_ratio"])
+        layers = np.arange(1, cosine.shape[1] + 1) + 0.12 * (i - (len(results) - 1) / 2)
+        for axis, values in ((left, 1 - cosine), (right, ratio)):
+            axis.plot(np.tile(layers, len(values)), values.ravel(), ".", color=f"C{i}", alpha=0.4)
+            axis.plot(layers, values.mean(0), "_", ms=12, mew=2, color=f"C{i}", label=name)
+    left.set(yscale="log", title="1 - cosine with the exact gradient", xlabel="layer")
+    right.set(title="norm over that of the exact gradient", xlabel="layer")
+    right.axhline(1, color="0.6", lw=0.8)
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

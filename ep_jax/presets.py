@@ -155,7 +155,27 @@ def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> Netwo
     )
 
 
-_MNIST = Config(dataset="mnist", epochs=10, gain=0.6, feedback=0.05, weight_decay=0.05, shift=1)
+# The knee of experiments/frontier.py: the best gradient for the fewest sweeps and spikes.
+_CODE = DeltaCode(quantum=0.5, decay=0.7, nudged_quantum=0.7, nudged_decay=0.6)
+_PHASES = Phases(
+    free=12,
+    nudged=8,
+    beta=0.03,
+    estimator="one_sided",
+    sweep="alternating",
+    coordinates="displacement",
+)
+
+_MNIST = Config(
+    dataset="mnist",
+    epochs=10,
+    gain=0.6,
+    feedback=0.05,
+    delta_code=_CODE,
+    phases=_PHASES,
+    weight_decay=0.05,
+    shift=1,
+)
 
 PRESETS: dict[str, Config] = {
     "digits": Config(
@@ -165,13 +185,16 @@ PRESETS: dict[str, Config] = {
         channels=(32, 64),
         kernels=(3, 3),
         padding="SAME",
+        delta_code=_CODE,
+        phases=_PHASES,
     ),
     "mnist": _MNIST,
     "mnist_sigma_delta": replace(
         _MNIST,
         gain=1.0,
         neuron="sigma_delta",
-        phases=replace(_MNIST.phases, free=25, nudged=12),
+        sigma_delta=SigmaDelta(nudged_quantum=0.3),
+        phases=replace(_PHASES, free=25, nudged=12),
     ),
     "fashion_mnist": replace(_MNIST, dataset="fashion_mnist", shift=0),
 }
