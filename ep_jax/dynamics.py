@@ -96,12 +96,14 @@ class Snapshot(NamedTuple):
         step: 0-based number of the sweep.
         state: tuple over layers of the analog states (in displacement coordinates: of ``D``).
         spikes: tuple over layers of the spikes emitted in this sweep; zeros for rate neurons.
+        signals: tuple over layers of what goes through the weights.
         residual: ``|s_{t+1} - s_t|`` of this sweep.
     """
 
     step: jax.Array
     state: State
     spikes: State
+    signals: State
     residual: jax.Array
 
 
@@ -286,8 +288,8 @@ def _sweeps(
         seen = None
         if trace is not None:
             full = tuple(jnp.broadcast_to(q, s.shape) for q, s in zip(spikes, start, strict=True))
-            state = network.unpack(spec, tuple(state.s for state in new))
-            seen = trace(Snapshot(t, state, network.unpack(spec, full), residual))
+            packed = (tuple(state.s for state in new), full, tuple(map(signal, new)))
+            seen = trace(Snapshot(t, *(network.unpack(spec, p) for p in packed), residual))
         return Carry(t + 1, new, residual, moving, counts), seen
 
     states = [neuron.start(s, i) for s, i in zip(start, start_currents, strict=True)]

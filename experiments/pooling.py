@@ -6,25 +6,29 @@ python experiments/pooling.py train --out runs/pooling --json results/pooling/tr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 import ep_jax as ep
-from ep_jax import training
+from ep_jax import diagnostics, network, training
 from ep_jax.checkpoint import to_json, write_json
-from ep_jax.data import Dataset, load
+from ep_jax.data import Dataset, load, to_float
 from ep_jax.gradients import GRADIENTS
 from ep_jax.presets import PRESETS
 from ep_jax.run import provenance
@@ -40,13 +44,20 @@ NEURONS: dict[str, ep.Neuron] = {
 """What the pool sees: the state, single spikes, decoded spikes, what a receiver knows."""
 
 
+NAMED = {"neurons": {name: to_json(neuron) for name, neuron in NEURONS.items()}}
+
+CONSTANT = ep.SigmaDelta(epsilon=0.1, epsilon_power=0.0, epsilon_floor=0.0, lam=0.275,
+                         lam_power=0.0, lam_floor=0.0, nudged_epsilon=0.1)  # fmt: skip
+"""Sigma-delta neurons that never come to rest: constant leak and step size."""
+
+
 def phases_of(neuron: str, feedback: float) -> ep.Phases:
     """Feedback 1: the textbook's absolute coordinates; weak feedback: the presets' phases."""
     if feedback == 1.0:
         return ep.Phases(free=25, nudged=20, beta=0.3, sweep="alternating")
     quick = PRESETS["mnist"].phases
     slow = PRESETS["mnist_sigma_delta"].phases
-    return slow if neuron.startswith("sigma-delta") else quick
+    return quick if neuron in ("rate", "delta code") else slow
 
 
 Pool: TypeAlias = Literal["avg", "max"]
@@ -54,19 +65,11 @@ POOLS: tuple[Pool, ...] = ("avg", "max")
 
 
 @dataclass(frozen=True)
-class Training:
-    """Train every combination under one budget and tabulate the test errors.
+class Budget:
+    """The network and how it is trained: the same for all."""
 
-    A combination that has a result in the folder is not trained again, so that an interrupted
-    command goes on where it was.
-    """
-
-    out: Path
-    """Folder for the results of single trainings."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of weights and order of the images."""
     steps: int = 300
-    """Optimisation steps: the budget."""
+    """Optimisation steps."""
     batch: int = 64
     """Images in a step."""
     channels: tuple[int, int] = (8, 16)
@@ -74,75 +77,98 @@ class Training:
     hidden: int = 64
     """Units of the hidden dense layer."""
     learning_rate: float = 5e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW with weak feedback."""
+    learning_rate_strong: float = 2e-3
+    """The same at feedback 1, which does not bear as much. Both chosen on validation images."""
     gain: float = 0.6
     """Scale of the initial weights."""
+
+
+def network_of(budget: Budget, pool: Pool, neuron: ep.Neuron, feedback: float) -> ep.NetworkSpec:
+    """Two convolutions with one kind of pool, one hidden dense layer."""
+    convolutions = (ep.Conv(channels, 5, pool) for channels in budget.channels)
+    layers = (*convolutions, ep.Dense(budget.hidden), ep.Dense(10))
+    return ep.NetworkSpec((28, 28, 1), layers, neuron, feedback=feedback)
+
+
+def learn(
+    budget: Budget,
+    spec: ep.NetworkSpec,
+    phases: ep.Phases,
+    gradient: training.Gradient,
+    data: Dataset,
+    seed: int,
+) -> tuple[ep.Params, training.StepMetrics]:
+    """Train from scratch; the seed decides weights and order of the images."""
+    rate = budget.learning_rate_strong if spec.feedback == 1.0 else budget.learning_rate
+    optimizer = training.make_optimizer(
+        rate,
+        budget.steps,
+        layer_rates=(1.0,) * len(spec.layers),
+        weight_decay=PRESETS["mnist"].weight_decay,
+    )
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    state = training.init_train_state(init_key, spec, optimizer, budget.gain)
+    steps = training.make_train_steps(spec, phases, optimizer, gradient=gradient)
+    order = np.random.default_rng(seed).permutation(len(data.train_images))
+    batches = np.resize(order, (budget.steps, budget.batch)).astype(np.int32)
+    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    state, metrics = jax.jit(steps)(state, images, labels, jnp.asarray(batches), step_key)
+    return state.params, metrics
+
+
+@dataclass(frozen=True)
+class Training:
+    """Train every combination under one budget and tabulate the errors.
+
+    A combination that has a result in the folder is not trained again, so that an interrupted
+    command goes on where it was.
+    """
+
+    runs: Path
+    """Folder for the results of single trainings."""
+    out: Path
+    """Folder for training.json, the table."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of weights and order of the images."""
+    budget: Budget = field(default_factory=Budget)
+    """What each training may use."""
     data_dir: str | None = None
     """Where MNIST lies; by default TFDS_DATA_DIR."""
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
-    """File for the table."""
 
     def run(self) -> None:
         """Train what is missing, then tabulate."""
         data = load("mnist", data_dir=self.data_dir)
-        rows = []
+        self.runs.mkdir(parents=True, exist_ok=True)
         for seed, cell in itertools.product(self.seeds, combinations()):
             file = self._file(cell, seed)
             if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
                 result = self._train(cell, seed, data)
                 write_json(file, result)
                 print(f"{cell.name}, seed {seed}: {result}", flush=True)
+        rows = []
         for cell in combinations():
             results = [json.loads(self._file(cell, seed).read_text()) for seed in self.seeds]
             gathered = {name: [r[name] for r in results] for name in results[0]}
             rows.append(dataclasses.asdict(cell) | gathered)
-        Console().print(_table(rows))
-        if self.json_file is not None:
-            config = dataclasses.asdict(self) | {
-                "neurons": {name: to_json(neuron) for name, neuron in NEURONS.items()}
-            }
-            del config["out"], config["json_file"], config["data_dir"]
-            write_json(self.json_file, {"config": config, "rows": rows} | provenance())
+        Console().print(_training_table(rows))
+        self.out.mkdir(parents=True, exist_ok=True)
+        statement = {"seeds": self.seeds, "budget": dataclasses.asdict(self.budget)} | NAMED
+        write_json(self.out / "training.json", statement | {"rows": rows} | provenance())
 
     def _file(self, cell: Cell, seed: int) -> Path:
-        return self.out / f"{cell.name}-seed{seed}.json"
+        return self.runs / f"{cell.name}-seed{seed}.json"
 
     def _train(self, cell: Cell, seed: int, data: Dataset) -> dict[str, Any]:
         """Errors in per cent after training; ``None`` where it diverged."""
-        layers = (
-            *(ep.Conv(channels, 5, cell.pool) for channels in self.channels),
-            ep.Dense(self.hidden),
-            ep.Dense(data.classes),
-        )
-        spec = ep.NetworkSpec(
-            data.train_images.shape[1:],
-            layers,
-            NEURONS[cell.neuron],
-            feedback=cell.feedback,
-        )
+        spec = network_of(self.budget, cell.pool, NEURONS[cell.neuron], cell.feedback)
         phases = phases_of(cell.neuron, cell.feedback)
-        optimizer = training.make_optimizer(
-            self.learning_rate,
-            self.steps,
-            layer_rates=(1.0,) * len(layers),
-            weight_decay=PRESETS["mnist"].weight_decay,
-        )
-        init_key, step_key = jax.random.split(jax.random.key(seed))
-        state = training.init_train_state(init_key, spec, optimizer, self.gain)
-        steps = training.make_train_steps(
-            spec, phases, optimizer, gradient=GRADIENTS[cell.gradient]
-        )
-        order = np.random.default_rng(seed).permutation(len(data.train_images))
-        batches = np.resize(order, (self.steps, self.batch)).astype(np.int32)
-        images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
-        state, metrics = jax.jit(steps)(state, images, labels, jnp.asarray(batches), step_key)
-        finite = bool(jnp.isfinite(optax.tree.norm(state.params)))
-        answers, info = training.predict(state.params, spec, phases, data.test_images)
-        held_out, _ = training.predict(state.params, spec, phases, data.validation_images)
+        gradient = GRADIENTS[cell.gradient]
+        params, metrics = learn(self.budget, spec, phases, gradient, data, seed)
+        finite = bool(jnp.isfinite(optax.tree.norm(params)))
+        answers, info = training.predict(params, spec, phases, data.test_images)
         return {
             "test_error": training.error_rate(answers, data.test_labels) if finite else None,
-            "val_error": training.error_rate(held_out, data.validation_labels) if finite else None,
             "last_loss": float(metrics.loss[-50:].mean()) if finite else None,
             "moving": float(info.moving) if finite else None,
         }
@@ -178,9 +204,9 @@ def combinations() -> list[Cell]:
     return [c for c in cells if not (c.pool == "avg" and c.neuron.endswith("traces"))]
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _training_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="MNIST error in per cent: mean ± standard deviation over seeds")
-    for column in ("neuron", "pool", "gradient", "feedback", "test", "validation"):
+    for column in ("neuron", "pool", "gradient", "feedback", "test error"):
         table.add_column(column)
     for row in rows:
         table.add_row(
@@ -189,7 +215,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             row["gradient"],
             f"{row['feedback']:g}",
             _spread(row["test_error"]),
-            _spread(row["val_error"]),
         )
     return table
 
@@ -201,10 +226,256 @@ def _spread(values: list[float | None]) -> str:
     return f"{np.mean(finite):.2f} ± {np.std(finite, ddof=1) if len(finite) > 1 else 0:.2f}"
 
 
+CODES: dict[str, ep.Neuron] = {
+    "rate": ep.Rate(),
+    "constant": CONSTANT,
+    "constant, pool on traces": dataclasses.replace(CONSTANT, decode="signal"),
+    "decaying": ep.SigmaDelta(),
+    "decaying, pool on traces": ep.SigmaDelta(decode="signal"),
+    "delta code": PRESETS["mnist"].delta_code,
+}
+"""Rates, sigma-delta with constant and with decaying steps, and the delta code."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """EP's gradients against exact ones, and what a max pool does to spikes.
+
+    Weights are random, or trained as rate networks with exact gradients, so that no neuron model is
+    favoured.
+    """
+
+    out: Path
+    """Folder for gradients.json and the figures."""
+    seeds: int = 5
+    """Number of seeds of weights and images."""
+    budget: Budget = field(default_factory=lambda: Budget(steps=150))
+    """How the trained weights come about."""
+    data_dir: str | None = None
+    """Where MNIST lies; by default TFDS_DATA_DIR."""
+
+    def run(self) -> None:
+        """Measure everything, print, draw, write."""
+        data = load("mnist", data_dir=self.data_dir)
+        rows = []
+        for feedback, pool, trained in itertools.product((1.0, WEAK), POOLS, (False, True)):
+            cases = [self._case(pool, feedback, trained, seed, data) for seed in range(self.seeds)]
+            for code, sweeps in itertools.product(CODES, ("few", "many")):
+                if pool == "avg" and code.endswith("traces"):
+                    continue
+                row = {"feedback": feedback, "pool": pool, "trained": trained}
+                row |= {"neuron": code, "sweeps": sweeps}
+                row |= _measure(self.budget, pool, feedback, code, sweeps, cases)
+                rows.append(row)
+                print(_line(row), flush=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        statement = {"seeds": self.seeds, "budget": dataclasses.asdict(self.budget)}
+        statement |= {"neurons": {name: to_json(neuron) for name, neuron in CODES.items()}}
+        write_json(self.out / "gradients.json", statement | {"rows": rows} | provenance())
+        _draw_gradients(rows).savefig(self.out / "gradients.png", dpi=150)
+        _draw_mechanism(rows).savefig(self.out / "mechanism.png", dpi=150)
+
+    def _case(self, pool: Pool, feedback: float, trained: bool, seed: int, data: Dataset) -> Case:
+        spec = network_of(self.budget, pool, ep.Rate(), feedback)
+        if trained:
+            settled = ep.Phases(free=30, sweep="alternating")
+            gradient = functools.partial(ep.implicit_gradient, max_sweeps=60)
+            params, _ = learn(self.budget, spec, settled, gradient, data, seed)
+        else:
+            params = ep.init_params(jax.random.key(seed), spec, self.budget.gain)
+        picked = np.random.default_rng(seed).choice(len(data.validation_images), 64, replace=False)
+        xs, ys = to_float(data.validation_images[picked]), data.validation_labels[picked]
+        with jax.enable_x64(True):
+            doubled = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+            exact = jax.jit(diagnostics.exact_gradient, static_argnames=("spec",))(
+                doubled, spec, jnp.asarray(xs, jnp.float64), ys
+            )
+        radius = diagnostics.contractivity(params, spec, jnp.asarray(xs[:8])).radius.max()
+        return Case(params, np.asarray(xs), ys, jax.device_get(exact), float(radius))
+
+
+class Case(NamedTuple):
+    """Weights, images, their labels and exact gradient, largest spectral radius."""
+
+    params: ep.Params
+    xs: np.ndarray
+    ys: np.ndarray
+    exact: ep.Params
+    radius: float
+
+
+def _measure(
+    budget: Budget, pool: Pool, feedback: float, code: str, sweeps: str, cases: list[Case]
+) -> dict[str, Any]:
+    """Agreement with the exact gradient and the mechanism, one number for each seed."""
+    spec = network_of(budget, pool, CODES[code], feedback)
+    phases = phases_of(code, feedback)
+    if sweeps == "many":
+        phases = dataclasses.replace(phases, free=4 * phases.free, nudged=3 * phases.nudged)
+    gradient = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
+    look = jax.jit(_mechanism, static_argnames=("spec", "phases"))
+    distance = jax.jit(diagnostics.distance_to_rate, static_argnames=("spec", "phases"))
+    found: dict[str, list[Any]] = {}
+    for case in cases:
+        grads, info = gradient(case.params, spec, case.xs, case.ys, phases)
+        with jax.enable_x64(True):
+            agreement = diagnostics.compare(jax.device_get(grads), case.exact)
+        seen = {
+            "cosine": float(agreement.total_cosine),
+            "norm_ratio": float(agreement.total_norm_ratio),
+            "layer_cosines": np.asarray(agreement.cosine).tolist(),
+            "moving": float(info.free.moving),
+            "state_error": distance(case.params, spec, case.xs, phases).relative.tolist(),
+            "spectral_radius": case.radius,
+        }
+        seen |= {k: float(v) for k, v in look(case.params, spec, case.xs, phases).items()}
+        for name, value in seen.items():
+            found.setdefault(name, []).append(value)
+    return {"phases": to_json(phases)} | found
+
+
+LAST = 10
+"""Sweeps at the end of the free phase in which the mechanism is observed."""
+
+
+def _mechanism(
+    params: ep.Params, spec: ep.NetworkSpec, xs: jax.Array, phases: ep.Phases
+) -> dict[str, jax.Array]:
+    """What the second layer's pool does in the last sweeps of the free phase, mean of a batch.
+
+    Returns:
+        ``bias``: mean over time of the drive that the pool makes of its signals, less the drive it
+        makes of the read-out of the same neurons, mean over units, relative to that drive's
+        root-mean-square; ``bias_rms`` the root-mean-square over units of the same;
+        ``winner_moves``: share of the windows with a positive drive whose winner changes in a
+        sweep (0 for an average pool); ``routed_wrong``: share of time in which the winner is not
+        that of the read-out.
+    """
+    links = network.link(params, spec)
+
+    def seen_by_pool(state: ep.State) -> tuple[jax.Array, jax.Array]:
+        packed = network.pack(spec, state)
+        pooled = network.drive(spec, links, 1, packed[0])
+        behind = network.behind(spec, links, 1, packed[0])
+        if behind is None:
+            return pooled, jnp.zeros(pooled.shape, jnp.int32)
+        h, _, w, _, c = behind.shape
+        return pooled, behind.transpose(0, 2, 4, 1, 3).reshape(h, w, c, 4).argmax(-1)
+
+    def one(x: jax.Array) -> tuple[jax.Array, ...]:
+        state, info = ep.free_phase(
+            params, spec, x, phases, trace=lambda now: seen_by_pool(now.signals)
+        )
+        pooled, winners = (seen[-LAST:] for seen in info.trace)
+        true, true_winners = seen_by_pool(state)
+        # Equal windows (all silent) have no winner to speak of.
+        moves = jnp.mean(winners[1:] != winners[:-1])
+        wrong = jnp.mean(winners != true_winners)
+        return pooled.mean(0) - true, true, moves, wrong
+
+    gap, true, moves, wrong = jax.vmap(one)(xs)
+    scale = jnp.sqrt(jnp.mean(true**2))
+    return {
+        "bias": jnp.mean(gap) / scale,
+        "bias_rms": jnp.sqrt(jnp.mean(gap**2)) / scale,
+        "winner_moves": jnp.mean(moves),
+        "routed_wrong": jnp.mean(wrong),
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval (Student's t)."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), math.inf
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return float(np.mean(values)), float(half)
+
+
+def _line(row: dict[str, Any]) -> str:
+    def show(name: str) -> str:
+        mean, half = interval(row[name])
+        return f"{name} {mean:.3f} ± {half:.3f}"
+
+    names = ("cosine", "norm_ratio", "winner_moves", "routed_wrong", "bias", "bias_rms")
+    where = "trained" if row["trained"] else "initial"
+    head = f"feedback {row['feedback']:g}, {row['pool']}, {where}, {row['neuron']}, {row['sweeps']}"
+    return f"{head}: " + ", ".join(map(show, names))
+
+
+def _draw_gradients(rows: list[dict[str, Any]]) -> Figure:
+    """Total cosine of every code, with confidence intervals; one panel for feedback and weights."""
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    names = list(CODES)
+    for (i, feedback), (j, trained) in itertools.product(
+        enumerate((1.0, WEAK)), enumerate((False, True))
+    ):
+        axis = axes[i, j]
+        for pool, colour in zip(POOLS, ("tab:blue", "tab:red"), strict=True):
+            for sweeps, mark in (("few", "o"), ("many", "s")):
+                chosen = [
+                    r
+                    for r in rows
+                    if (r["feedback"], r["trained"], r["pool"], r["sweeps"])
+                    == (feedback, trained, pool, sweeps)
+                ]
+                places = [names.index(r["neuron"]) for r in chosen]
+                shift = (0.1 if pool == "max" else -0.1) + (0.05 if sweeps == "many" else -0.05)
+                means, halves = zip(*(interval(r["cosine"]) for r in chosen), strict=True)
+                axis.errorbar(
+                    np.array(places) + shift,
+                    means,
+                    halves,
+                    fmt=mark,
+                    ms=5,
+                    color=colour,
+                    mfc=colour if sweeps == "few" else "white",
+                    label=f"{pool} pool, {sweeps} sweeps",
+                    capsize=2,
+                )
+        axis.set(title=f"feedback {feedback:g}, {'trained' if trained else 'initial'} weights")
+        axis.axhline(1, color="0.7", lw=0.8)
+        axis.set_xticks(range(len(names)), [n.replace(", ", ",\n") for n in names], fontsize=8)
+        axis.set_ylabel("cosine with the exact gradient")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def _draw_mechanism(rows: list[dict[str, Any]]) -> Figure:
+    """The cosine against what the pool does to its signals."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    names = {
+        "bias": "mean error of the pooled drive / its rms",
+        "winner_moves": "share of winners that move in a sweep",
+        "routed_wrong": "share of time the wrong unit wins",
+    }
+    for axis, (name, label) in zip(figure.subplots(1, 3, sharey=True), names.items(), strict=True):
+        for pool, mark in (("avg", "o"), ("max", "^")):
+            for i, code in enumerate(CODES):
+                chosen = [r for r in rows if r["pool"] == pool and r["neuron"] == code]
+                axis.plot(
+                    [np.mean(r[name]) for r in chosen],
+                    [np.mean(r["cosine"]) for r in chosen],
+                    mark,
+                    color=f"C{i}",
+                    alpha=0.7,
+                    label=f"{code}, {pool}" if chosen else None,
+                )
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="cosine with the exact gradient")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8
+    )
+    return figure
+
+
 def main() -> None:
     """Parse, run, and say in one line what was wrong where the input was."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"train": Training}).run()
+        tyro.extras.subcommand_cli_from_dict({"gradients": Gradients, "train": Training}).run()
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"pooling.py: error: {error}")
 
