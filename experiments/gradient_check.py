@@ -22,18 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import STATIC, agreements, exact_gradients, in_float64, plain, validation_batches
 from rich.console import Console
 from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics, plots
 from ep_jax.checkpoint import to_json, write_json
-from ep_jax.data import DATASETS, load, to_float
+from ep_jax.data import DATASETS, Dataset, load
 from ep_jax.diagnostics import Agreement
 from ep_jax.presets import PRESETS, spec_of
 from ep_jax.run import provenance
-
-STATIC = ("spec", "phases")
 
 
 @dataclass(frozen=True)
@@ -66,25 +65,14 @@ class Arguments:
             raise ValueError(f"expected --dataset ({', '.join(DATASETS)}) with --weights")
 
 
-Network = tuple[ep.Params, ep.NetworkSpec, ep.Phases]
-
-
-def network_of(arguments: Arguments) -> tuple[Network, np.ndarray, np.ndarray]:
-    """The network to check, and validation images and labels."""
-    preset = PRESETS[arguments.preset] if arguments.preset else None
-    name = arguments.dataset or (preset.dataset if preset else "")
-    data = load(name, data_dir=arguments.data_dir)
-    images, labels = data.validation_images, data.validation_labels
-    needed = arguments.batches * arguments.batch
-    if not 0 < needed <= len(images):
-        raise ValueError(f"batches times batch is {needed}; expected at least 1 and at most the "
-                         f"{len(images)} validation images")  # fmt: skip
+def network_of(arguments: Arguments, data: Dataset) -> tuple[ep.Params, ep.NetworkSpec, ep.Phases]:
+    """The network to check."""
     if arguments.weights is not None:
-        return ep.load_weights(arguments.weights), images[:needed], labels[:needed]
-    assert preset is not None
-    spec = spec_of(preset, images.shape[1:], data.classes)
+        return ep.load_weights(arguments.weights)
+    preset = PRESETS[arguments.preset or ""]
+    spec = spec_of(preset, data.train_images.shape[1:], data.classes)
     params = ep.init_params(jax.random.key(arguments.seed), spec, preset.gain)
-    return (params, spec, preset.phases), images[:needed], labels[:needed]
+    return params, spec, preset.phases
 
 
 def estimators(spec: ep.NetworkSpec, phases: ep.Phases) -> dict[str, Any]:
@@ -106,50 +94,24 @@ def estimators(spec: ep.NetworkSpec, phases: ep.Phases) -> dict[str, Any]:
     }
 
 
-def exact_gradients(params: ep.Params, spec: ep.NetworkSpec, xs: Any, ys: Any) -> list[ep.Params]:
-    """The exact gradient of each batch, computed in float64."""
-    with jax.enable_x64(True):
-        doubled = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
-        exact = jax.jit(diagnostics.exact_gradient, static_argnames=STATIC)
-        return [
-            jax.device_get(exact(doubled, spec, jnp.asarray(x, jnp.float64), y))
-            for x, y in zip(xs, ys, strict=True)
-        ]
-
-
-def agreements(
-    gradient: Any, params: ep.Params, xs: Any, ys: Any, exact: list[ep.Params], seed: int
-) -> tuple[list[Agreement], ep.GradientInfo]:
-    """Agreement of each batch, and what the gradient of the last one told about itself."""
-    run = jax.jit(lambda params, xs, ys, key: gradient(params, xs=xs, ys=ys, key=key))
-    found, info = [], None
-    for i, (x, y, true) in enumerate(zip(xs, ys, exact, strict=True)):
-        grads, info = run(params, x, y, jax.random.fold_in(jax.random.key(seed), i))
-        with jax.enable_x64(True):
-            found.append(jax.device_get(diagnostics.compare(jax.device_get(grads), true)))
-    assert info is not None
-    return found, info
-
-
-def gdu_curves(network: Network, x: Any, y: Any) -> diagnostics.GDU:
+def gdu_curves(
+    params: ep.Params, spec: ep.NetworkSpec, x: np.ndarray, y: np.ndarray
+) -> diagnostics.GDU:
     """The curves of the rate twin over 15 synchronous sweeps, in float64."""
-    params, spec, _ = network
     phases = dataclasses.replace(diagnostics.SETTLED, sweep="synchronous", nudged=15, beta=1e-4)
     with jax.enable_x64(True):
-        doubled = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
         curves = jax.jit(diagnostics.gdu, static_argnames=STATIC)(
-            doubled, diagnostics.rate_twin(spec), jnp.asarray(x, jnp.float64), y, phases
+            in_float64(params), diagnostics.rate_twin(spec), in_float64(x), y, phases
         )
         return jax.device_get(curves)
 
 
 def check(arguments: Arguments) -> None:
     """Compare, print, draw, write."""
-    network, images, labels = network_of(arguments)
-    params, spec, phases = network
-    shape = (arguments.batches, arguments.batch)
-    xs = np.asarray(to_float(images)).reshape(*shape, *spec.input_shape)
-    ys = labels.reshape(shape)
+    name = arguments.dataset or PRESETS[arguments.preset or ""].dataset
+    data = load(name, data_dir=arguments.data_dir)
+    params, spec, phases = network_of(arguments, data)
+    xs, ys = validation_batches(data, arguments.batches, arguments.batch)
     exact = exact_gradients(params, spec, xs, ys)
 
     table = Table(title=f"{spec.neuron} against the exact gradient, {len(xs)} batches")
@@ -157,7 +119,10 @@ def check(arguments: Arguments) -> None:
         table.add_column(column)
     results: dict[str, Any] = {}
     for name, gradient in estimators(spec, phases).items():
-        found, info = agreements(gradient, params, xs, ys, exact, arguments.seed)
+        run = jax.jit(
+            lambda params, xs, ys, key, gradient=gradient: gradient(params, xs=xs, ys=ys, key=key)
+        )
+        found, info = agreements(run, params, xs, ys, exact, arguments.seed)
         results[name] = {
             **{field: np.stack([getattr(a, field) for a in found]) for field in Agreement._fields},
             "spikes_free": np.stack(info.free.spikes),
@@ -187,7 +152,7 @@ def check(arguments: Arguments) -> None:
     distance = jax.jit(diagnostics.distance_to_rate, static_argnames=STATIC)(
         params, spec, jnp.asarray(xs[0]), phases, jax.random.key(arguments.seed)
     )
-    curves = gdu_curves(network, xs[0], ys[0])
+    curves = gdu_curves(params, spec, xs[0], ys[0])
     depth = spec.depth
     state_errors = diagnostics.curve_errors(curves.ep_state, curves.bptt_state)
     param_errors = diagnostics.curve_errors(curves.ep_params[:depth], curves.bptt_params[:depth])
@@ -222,8 +187,7 @@ def check(arguments: Arguments) -> None:
             "params_sign_error": param_errors.sign_error,
         },
     }
-    plain = jax.tree.map(lambda v: np.asarray(v).tolist() if hasattr(v, "shape") else v, document)
-    write_json(arguments.out / "check.json", plain | provenance())
+    write_json(arguments.out / "check.json", plain(document) | provenance())
     console.print(f"written to {arguments.out}")
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from common import STATIC, compare, exact_gradients, interval, learn
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 import ep_jax as ep
 from ep_jax import diagnostics, network, training
@@ -91,7 +90,7 @@ def network_of(budget: Budget, pool: Pool, neuron: ep.Neuron, feedback: float) -
     return ep.NetworkSpec((28, 28, 1), layers, neuron, feedback=feedback)
 
 
-def learn(
+def train(
     budget: Budget,
     spec: ep.NetworkSpec,
     phases: ep.Phases,
@@ -99,22 +98,20 @@ def learn(
     data: Dataset,
     seed: int,
 ) -> tuple[ep.Params, training.StepMetrics]:
-    """Train from scratch; the seed decides weights and order of the images."""
-    rate = budget.learning_rate_strong if spec.feedback == 1.0 else budget.learning_rate
-    optimizer = training.make_optimizer(
-        rate,
-        budget.steps,
-        layer_rates=(1.0,) * len(spec.layers),
+    """Train from scratch within the budget."""
+    strong = spec.feedback == 1.0
+    return learn(
+        spec,
+        phases,
+        gradient,
+        data,
+        steps=budget.steps,
+        batch=budget.batch,
+        learning_rate=budget.learning_rate_strong if strong else budget.learning_rate,
         weight_decay=PRESETS["mnist"].weight_decay,
+        gain=budget.gain,
+        seed=seed,
     )
-    init_key, step_key = jax.random.split(jax.random.key(seed))
-    state = training.init_train_state(init_key, spec, optimizer, budget.gain)
-    steps = training.make_train_steps(spec, phases, optimizer, gradient=gradient)
-    order = np.random.default_rng(seed).permutation(len(data.train_images))
-    batches = np.resize(order, (budget.steps, budget.batch)).astype(np.int32)
-    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
-    state, metrics = jax.jit(steps)(state, images, labels, jnp.asarray(batches), step_key)
-    return state.params, metrics
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ class Training:
         spec = network_of(self.budget, cell.pool, NEURONS[cell.neuron], cell.feedback)
         phases = phases_of(cell.neuron, cell.feedback)
         gradient = GRADIENTS[cell.gradient]
-        params, metrics = learn(self.budget, spec, phases, gradient, data, seed)
+        params, metrics = train(self.budget, spec, phases, gradient, data, seed)
         finite = bool(jnp.isfinite(optax.tree.norm(params)))
         answers, info = training.predict(params, spec, phases, data.test_images)
         return {
@@ -280,18 +277,15 @@ class Gradients:
         if trained:
             settled = ep.Phases(free=30, sweep="alternating")
             gradient = functools.partial(ep.implicit_gradient, max_sweeps=60)
-            params, _ = learn(self.budget, spec, settled, gradient, data, seed)
+            params, _ = train(self.budget, spec, settled, gradient, data, seed)
         else:
             params = ep.init_params(jax.random.key(seed), spec, self.budget.gain)
         picked = np.random.default_rng(seed).choice(len(data.validation_images), 64, replace=False)
-        xs, ys = to_float(data.validation_images[picked]), data.validation_labels[picked]
-        with jax.enable_x64(True):
-            doubled = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
-            exact = jax.jit(diagnostics.exact_gradient, static_argnames=("spec",))(
-                doubled, spec, jnp.asarray(xs, jnp.float64), ys
-            )
+        xs = np.asarray(to_float(data.validation_images[picked]))
+        ys = data.validation_labels[picked]
+        (exact,) = exact_gradients(params, spec, xs[None], ys[None])
         radius = diagnostics.contractivity(params, spec, jnp.asarray(xs[:8])).radius.max()
-        return Case(params, np.asarray(xs), ys, jax.device_get(exact), float(radius))
+        return Case(params, xs, ys, exact, float(radius))
 
 
 class Case(NamedTuple):
@@ -312,14 +306,13 @@ def _measure(
     phases = phases_of(code, feedback)
     if sweeps == "many":
         phases = dataclasses.replace(phases, free=4 * phases.free, nudged=3 * phases.nudged)
-    gradient = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
-    look = jax.jit(_mechanism, static_argnames=("spec", "phases"))
-    distance = jax.jit(diagnostics.distance_to_rate, static_argnames=("spec", "phases"))
+    gradient = jax.jit(ep.ep_gradient, static_argnames=STATIC)
+    look = jax.jit(_mechanism, static_argnames=STATIC)
+    distance = jax.jit(diagnostics.distance_to_rate, static_argnames=STATIC)
     found: dict[str, list[Any]] = {}
     for case in cases:
         grads, info = gradient(case.params, spec, case.xs, case.ys, phases)
-        with jax.enable_x64(True):
-            agreement = diagnostics.compare(jax.device_get(grads), case.exact)
+        agreement = compare(grads, case.exact)
         seen = {
             "cosine": float(agreement.total_cosine),
             "norm_ratio": float(agreement.total_norm_ratio),
@@ -381,15 +374,6 @@ def _mechanism(
         "winner_moves": jnp.mean(moves),
         "routed_wrong": jnp.mean(wrong),
     }
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % confidence interval (Student's t)."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), math.inf
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return float(np.mean(values)), float(half)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -1,0 +1,136 @@
+"""What the experiments share: short trainings, exact gradients in float64, agreement, intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+import ep_jax as ep
+from ep_jax import diagnostics, training
+from ep_jax.data import Dataset, to_float
+from ep_jax.diagnostics import Agreement
+
+STATIC = ("spec", "phases")
+
+
+def learn(
+    spec: ep.NetworkSpec,
+    phases: ep.Phases,
+    gradient: training.Gradient,
+    data: Dataset,
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    gain: float,
+    batch: int = 64,
+    seed: int = 0,
+) -> tuple[ep.Params, training.StepMetrics]:
+    """Train from scratch in one dispatch; the seed decides weights and order of the images."""
+    optimizer = training.make_optimizer(
+        learning_rate,
+        steps,
+        layer_rates=(1.0,) * len(spec.layers),
+        weight_decay=weight_decay,
+    )
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    state = training.init_train_state(init_key, spec, optimizer, gain)
+    run = training.make_train_steps(spec, phases, optimizer, gradient=gradient)
+    order = np.random.default_rng(seed).permutation(len(data.train_images))
+    batches = np.resize(order, (steps, batch)).astype(np.int32)
+    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    state, metrics = jax.jit(run)(state, images, labels, jnp.asarray(batches), step_key)
+    return state.params, metrics
+
+
+def validation_batches(data: Dataset, batches: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``[batches, batch, H, W, C]`` in [0, 1] and labels ``[batches, batch]``.
+
+    Raises:
+        ValueError: there are not as many validation images.
+    """
+    needed = batches * batch
+    if not 0 < needed <= len(data.validation_images):
+        raise ValueError(f"batches times batch is {needed}; expected at least 1 and at most the "
+                         f"{len(data.validation_images)} validation images")  # fmt: skip
+    images = np.asarray(to_float(data.validation_images[:needed]))
+    labels = data.validation_labels[:needed]
+    return images.reshape(batches, batch, *images.shape[1:]), labels.reshape(batches, batch)
+
+
+def in_float64(tree: Any) -> Any:
+    """All floating-point arrays of a tree in double precision; inside ``jax.enable_x64``."""
+    return jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+    )
+
+
+def exact_gradients(
+    params: ep.Params, spec: ep.NetworkSpec, xs: np.ndarray, ys: np.ndarray
+) -> list[ep.Params]:
+    """The exact gradient of each batch, computed in float64."""
+    with jax.enable_x64(True):
+        exact = jax.jit(diagnostics.exact_gradient, static_argnames=STATIC)
+        doubled = in_float64(params)
+        return [
+            jax.device_get(exact(doubled, spec, in_float64(x), y))
+            for x, y in zip(xs, ys, strict=True)
+        ]
+
+
+def compare(grads: ep.Params, exact: ep.Params) -> Agreement:
+    """`ep_jax.diagnostics.compare` in float64, on the host."""
+    with jax.enable_x64(True):
+        return jax.device_get(diagnostics.compare(jax.device_get(grads), exact))
+
+
+def agreements(
+    gradient: Callable[..., Any],
+    params: ep.Params,
+    xs: np.ndarray,
+    ys: np.ndarray,
+    exact: Sequence[ep.Params],
+    seed: int = 0,
+) -> tuple[list[Agreement], ep.GradientInfo]:
+    """Agreement of each batch, and what the gradient of the last one told about itself.
+
+    Args:
+        gradient: ``(params, xs, ys, key) -> (grads, info)``, jitted.
+        params: parameters.
+        xs: batches of images ``[batches, B, ...]``.
+        ys: labels ``[batches, B]``.
+        exact: the exact gradient of each batch.
+        seed: seed of random neurons.
+    """
+    found, info = [], None
+    for i, (x, y, true) in enumerate(zip(xs, ys, exact, strict=True)):
+        grads, info = gradient(params, x, y, jax.random.fold_in(jax.random.key(seed), i))
+        found.append(compare(grads, true))
+    assert info is not None
+    return found, info
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval (Student's t)."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), math.inf
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return float(np.mean(values)), float(half)
+
+
+def plain(tree: Any) -> Any:
+    """Arrays as lists and numbers, fit for JSON; what is not a number (0 / 0) becomes ``None``."""
+    if hasattr(tree, "tolist"):
+        return plain(tree.tolist())
+    if isinstance(tree, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [plain(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

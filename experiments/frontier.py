@@ -1,0 +1,357 @@
+"""The quality of EP's gradient against sweeps, time and spikes.
+
+    python experiments/frontier.py --out results/frontier
+    python experiments/frontier.py --weights pretrained/mnist --out results/frontier
+
+Every point is the agreement of one gradient with the exact one (of the rate network with the same
+parameters, at its fixed point, in float64) on batches of MNIST validation images. Weights of each
+feedback strength are trained as rate networks with exact gradients, so that no neuron model is
+favoured; --weights adds those of a long training. The study is docs/studies/frontier.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from common import (
+    agreements,
+    exact_gradients,
+    in_float64,
+    learn,
+    plain,
+    validation_batches,
+)
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import ep_jax as ep
+from ep_jax.checkpoint import to_json, write_json
+from ep_jax.data import Dataset, load
+from ep_jax.diagnostics import Agreement
+from ep_jax.presets import PRESETS, spec_of
+from ep_jax.run import provenance
+
+PRESET = PRESETS["mnist"]
+SWEEPS = ((4, 3), (6, 4), (8, 6), (12, 8), (16, 12), (25, 12), (40, 16))
+RATE = ep.Rate()
+DELTA = PRESET.delta_code
+CLOSED = replace(DELTA, leak=True, quantum=0.9, decay=0.85)
+OPEN = PRESETS["mnist_sigma_delta"].sigma_delta
+NEURONS: dict[str, ep.Neuron] = {
+    "rate": RATE,
+    "delta code": DELTA,
+    "sigma-delta, closed loop": CLOSED,
+    "sigma-delta, open loop": OPEN,
+}
+SCHEDULES: dict[str, ep.Neuron] = {
+    **{
+        f"delta code, quantum {q}, decay {d}": replace(DELTA, quantum=q, decay=d)
+        for q, d in ((0.7, 0.6), (0.7, 0.65), (0.7, 0.7), (0.5, 0.65), (0.5, 0.7), (0.5, 0.75))
+    },
+    **{f"delta code, lag {lag}": replace(DELTA, lag=lag) for lag in (0.0, 0.5, 1.5)},
+    **{
+        f"delta code, nudged quantum {q}, decay {d}": replace(
+            DELTA, nudged_quantum=q, nudged_decay=d
+        )
+        for q, d in ((0.5, 0.5), (0.7, 0.5), (0.7, 0.6), (1.0, 0.6), (0.2, 0.5))
+    },
+    **{
+        f"closed loop, quantum {q}, decay {d}": replace(CLOSED, quantum=q, decay=d)
+        for q, d in ((0.7, 0.75), (0.7, 0.8), (0.9, 0.8), (0.9, 0.85), (0.9, 0.9))
+    },
+    **{
+        f"open loop, lam power {p}, floor {f}": replace(OPEN, lam_power=p, lam_floor=f)
+        for p, f in ((0.9, 0.1), (0.75, 0.1), (0.6, 0.1), (0.75, 0.05), (0.6, 0.05))
+    },
+}
+"""Schedules of quanta and leaks, at the sweeps of each preset."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The quality of EP's gradient against sweeps, time and spikes."""
+
+    out: Path
+    """Folder for frontier.json and the figures."""
+    weights: Path | None = None
+    """Folder with the weights of a long training of the mnist preset, which are added."""
+    feedbacks: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03)
+    """Feedback strengths."""
+    early: int = 100
+    """Optimisation steps of the weights early in training."""
+    late: int = 860
+    """Optimisation steps of the weights late in training: 860 are an epoch."""
+    batches: int = 3
+    """Number of batches of 64 images."""
+    data_dir: str | None = None
+    """Where MNIST lies; by default TFDS_DATA_DIR."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Weights whose gradients are measured."""
+
+    age: str
+    feedback: float
+    params: ep.Params
+    exact: list[ep.Params]
+    xs: np.ndarray
+    ys: np.ndarray
+
+
+def subjects(arguments: Arguments, data: Dataset) -> Iterator[Subject]:
+    """Weights early and late in training for each feedback strength, and those of a long one."""
+    xs, ys = validation_batches(data, arguments.batches, 64)
+    settled = ep.Phases(free=25, sweep="alternating")
+    gradient = functools.partial(ep.implicit_gradient, tolerance=1e-3, max_sweeps=25)
+    for feedback in arguments.feedbacks:
+        spec = _spec(feedback, RATE)
+        for age, steps in (("early", arguments.early), ("late", arguments.late)):
+            params, _ = learn(
+                spec,
+                settled,
+                gradient,
+                data,
+                steps=steps,
+                learning_rate=PRESET.learning_rate,
+                weight_decay=PRESET.weight_decay,
+                gain=PRESET.gain,
+            )
+            yield Subject(age, feedback, params, exact_gradients(params, spec, xs, ys), xs, ys)
+    if arguments.weights is not None:
+        params, spec, _ = ep.load_weights(arguments.weights)
+        if spec != _spec(spec.feedback, spec.neuron):
+            raise ValueError(f"weights of {arguments.weights} are of another network; expected the "
+                             "mnist preset's")  # fmt: skip
+        exact = exact_gradients(params, spec, xs, ys)
+        yield Subject("long", spec.feedback, params, exact, xs, ys)
+
+
+def _spec(feedback: float, neuron: ep.Neuron) -> ep.NetworkSpec:
+    return replace(spec_of(PRESET, (28, 28, 1), 10), feedback=feedback, neuron=neuron)
+
+
+@contextlib.contextmanager
+def _precision(name: str) -> Iterator[None]:
+    with jax.enable_x64(name == "float64"):
+        yield
+
+
+def measure(
+    subject: Subject,
+    neuron: ep.Neuron,
+    phases: ep.Phases,
+    precision: Literal["float64", "float32", "bfloat16"] = "float32",
+) -> dict[str, Any]:
+    """Agreement, spikes and time of one gradient."""
+    spec = _spec(subject.feedback, neuron)
+    if precision == "bfloat16":
+        phases = replace(phases, signals="bfloat16")
+    with _precision(precision):
+        cast = in_float64 if precision == "float64" else lambda tree: tree
+        params, xs = cast((subject.params, subject.xs))
+        gradient = jax.jit(
+            lambda params, xs, ys, key: ep.ep_gradient(params, spec, xs, ys, phases, key)
+        )
+        found, info = agreements(gradient, params, xs, subject.ys, subject.exact)
+        times = []
+        for x, y in zip(xs, subject.ys, strict=True):
+            began = time.perf_counter()
+            jax.block_until_ready(gradient(params, x, y, jax.random.key(0)))
+            times.append(time.perf_counter() - began)
+    sizes = [int(np.prod(shape)) for shape in spec.state_shapes]
+    assert info.nudged is not None
+    return {
+        **{name: np.stack([getattr(a, name) for a in found]) for name in Agreement._fields},
+        "spikes_free": float(np.average(info.free.spikes, weights=sizes)),
+        "spikes_nudged": float(np.average(info.nudged.spikes, weights=sizes)),
+        "spikes_nudged_per_layer": np.stack(info.nudged.spikes),
+        "residual_free": float(info.free.residual),
+        "seconds": statistics.median(times),
+        "age": subject.age,
+        "feedback": subject.feedback,
+        "free": phases.free,
+        "nudged": phases.nudged,
+        "sweep": phases.sweep,
+        "beta": phases.beta,
+        "coordinates": phases.coordinates,
+        "precision": precision,
+    }
+
+
+def study(subject: Subject) -> Iterator[dict[str, Any]]:
+    """All measurements of one subject."""
+    base = PRESET.phases
+
+    def show(row: dict[str, Any]) -> dict[str, Any]:
+        print(
+            f"{row['age']:5} alpha {row['feedback']:<4g} {row['what']:44} {row['sweep'][:4]} "
+            f"{row['free']:3}/{row['nudged']:<3} beta {row['beta']:<7g} {row['coordinates'][:4]} "
+            f"{row['precision']:9} cosines {np.round(row['cosine'].mean(0), 4)} "
+            f"total {row['total_cosine'].mean():.4f} norm {row['total_norm_ratio'].mean():.3f} "
+            f"spikes {row['spikes_free']:.2f} + {row['spikes_nudged']:.3f} "
+            f"{1e3 * row['seconds']:.0f} ms",
+            flush=True,
+        )
+        return row
+
+    for name, neuron in NEURONS.items():
+        for free, nudged in SWEEPS:
+            if name == "rate" or (free > 6 and subject.age != "early"):
+                row = measure(subject, neuron, replace(base, free=free, nudged=nudged))
+                yield show({"part": "sweeps", "what": name} | row)
+    if subject.age == "early":
+        return
+    for order in ("synchronous", "ordered"):
+        for free, nudged in SWEEPS[:5]:
+            phases = replace(base, free=free, nudged=nudged, sweep=order)
+            yield show({"part": "order", "what": "rate"} | measure(subject, RATE, phases))
+    if subject.feedback in (PRESET.feedback, 0.1):
+        for name, neuron in SCHEDULES.items():
+            delta = name.startswith("delta")
+            phases = base if delta else replace(base, free=20 if "closed" in name else 25)
+            yield show({"part": "schedules", "what": name} | measure(subject, neuron, phases))
+        settled = replace(base, free=60, nudged=40)
+        for coordinates in ("absolute", "displacement"):
+            for precision in ("float64", "float32", "bfloat16"):
+                for beta in (1e-1, 1e-3, 1e-5):
+                    phases = replace(
+                        settled, beta=beta, coordinates=coordinates, estimator="one_sided"
+                    )
+                    row = measure(subject, RATE, phases, precision)
+                    yield show({"part": "precision", "what": "rate"} | row)
+        for beta in (0.3, 0.1, 0.03, 0.01):
+            phases = replace(base, beta=beta)
+            yield show({"part": "beta", "what": "delta code"} | measure(subject, DELTA, phases))
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """The figures."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    rate = [r for r in rows if r["part"] == "sweeps" and r["what"] == "rate"]
+    for axis, age in zip(axes[:2], ("early", "late"), strict=True):
+        for i, feedback in enumerate(sorted({r["feedback"] for r in rate}, reverse=True)):
+            line = [r for r in rate if (r["feedback"], r["age"]) == (feedback, age)]
+            if line:
+                axis.plot(
+                    [r["free"] + r["nudged"] for r in line],
+                    [_miss(r) for r in line],
+                    "o-",
+                    color=f"C{i}",
+                    label=f"feedback {feedback:g}",
+                )
+        axis.set(xlabel="sweeps, free + nudged", title=f"rate, {age} in training")
+    for feedback, style in ((1.0, "--"), (0.1, "-")):
+        for i, name in enumerate(NEURONS):
+            line = [
+                r
+                for r in rows
+                if (r["part"], r["what"], r["age"], r["feedback"])
+                == ("sweeps", name, "late", feedback)
+            ]
+            label = name if feedback == 0.1 else None
+            axes[2].plot(
+                [1e3 * r["seconds"] for r in line],
+                [_miss(r) for r in line],
+                "o" + style,
+                color=f"C{i}",
+                label=label,
+            )
+    axes[2].set(
+        xlabel="ms a gradient, 64 images",
+        xscale="log",
+        title="late; feedback .1, dashed: 1",
+    )
+    axes[0].set(ylabel="1 - cosine, worst layer")
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(out / "sweeps.png", dpi=150)
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    ages = [age for age in ("late", "long") if any(r["age"] == age for r in rows)]
+    for i, name in enumerate(NEURONS):
+        for age, style in zip(ages, ("o-", "s--"), strict=False):
+            line = [
+                r
+                for r in rows
+                if (r["part"], r["what"], r["age"]) == ("sweeps", name, age)
+                and r["feedback"] in (0.1, PRESET.feedback)
+            ]
+            if name != "rate":
+                left.plot(
+                    [r["spikes_free"] + r["spikes_nudged"] for r in line],
+                    [_miss(r) for r in line],
+                    style,
+                    color=f"C{i}",
+                    label=f"{name}, {age}",
+                )
+    left.set(
+        xlabel="spikes a neuron, free + nudged phase",
+        ylabel="1 - cosine, worst layer",
+        yscale="log",
+    )
+    left.legend(fontsize=8)
+    for i, precision in enumerate(("float64", "float32", "bfloat16")):
+        for coordinates, style in (("displacement", "o-"), ("absolute", "s--")):
+            line = [
+                r
+                for r in rows
+                if (r["part"], r["precision"], r["coordinates"], r["age"])
+                == ("precision", precision, coordinates, ages[-1])
+            ]
+            right.plot(
+                [r["beta"] for r in line],
+                [max(_miss(r), 1e-12) for r in line],
+                style,
+                color=f"C{i}",
+                label=f"{precision}, {coordinates}",
+            )
+    right.set(xlabel="beta", xscale="log", yscale="log", title=f"rate, settled, {ages[-1]} weights")
+    right.legend(fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(out / "spikes_and_precision.png", dpi=150)
+
+
+def _miss(row: dict[str, Any]) -> float:
+    """One minus the cosine of the worst layer, mean over batches."""
+    return float(np.max(1 - np.nan_to_num(row["cosine"]).mean(0)))  # no gradient, no agreement
+
+
+def main() -> None:
+    """Train, measure, draw, write."""
+    try:
+        arguments = tyro.cli(Arguments, description=__doc__)
+        data = load("mnist", data_dir=arguments.data_dir)
+        rows = [row for subject in subjects(arguments, data) for row in study(subject)]
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"frontier.py: error: {error}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    draw(rows, arguments.out)
+    statement = dataclasses.asdict(arguments)
+    del statement["out"], statement["data_dir"]
+    statement["weights"] = None if arguments.weights is None else str(arguments.weights)
+    statement["phases"] = to_json(PRESET.phases)
+    statement["neurons"] = {name: to_json(n) for name, n in (NEURONS | SCHEDULES).items()}
+    write_json(arguments.out / "frontier.json", statement | {"rows": plain(rows)} | provenance())
+    Console().print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
