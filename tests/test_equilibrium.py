@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
+    LinearNetwork,
     exact_gradient,
     flat,
     make_batch,
@@ -35,61 +36,6 @@ def gradient(spec: ep.NetworkSpec, **settings: Any) -> Any:
 
 
 # A linear network: everything in closed form.
-
-
-class LinearNetwork:
-    """A dense linear network as one system ``s = M s + c + beta P (y - s)``, all in numpy."""
-
-    def __init__(self, params: Any, alpha: float, x: np.ndarray, y: np.ndarray) -> None:
-        self.W, b = ([np.asarray(p[name]) for p in params] for name in ("w", "b"))
-        self.alpha, self.x, self.y = alpha, x, y
-        self.ends = np.cumsum([w.shape[1] for w in self.W])
-        starts = self.ends - [w.shape[1] for w in self.W]
-        self.at = [slice(i, j) for i, j in zip(starts, self.ends, strict=True)]
-        n = self.ends[-1]
-        self.M, self.c = np.zeros((n, n)), np.concatenate(b)
-        self.c[self.at[0]] += x @ self.W[0]
-        for l in range(1, len(self.W)):
-            self.M[self.at[l], self.at[l - 1]] = self.W[l].T
-            self.M[self.at[l - 1], self.at[l]] = alpha * self.W[l]
-        self.P = np.zeros((n, n))
-        self.P[self.at[-1], self.at[-1]] = np.eye(len(y))
-        self.target = np.zeros(n)
-        self.target[self.at[-1]] = y
-
-    def rest(self, beta: float) -> np.ndarray:
-        """The fixed point under the nudge."""
-        A = np.eye(len(self.c)) - self.M + beta * self.P
-        return np.linalg.solve(A, self.c + beta * self.target)
-
-    def exact(self) -> Any:
-        """dC/dtheta at the free fixed point: ``(I - M)^T v = dC/ds``, then ``v . dF/dtheta``."""
-        s = self.rest(0)
-        v = np.linalg.solve((np.eye(len(s)) - self.M).T, self.P @ (s - self.target))
-        split, adjoint = [s[at] for at in self.at], [v[at] for at in self.at]
-        grads = [{"w": np.outer(self.x, adjoint[0]), "b": adjoint[0]}]
-        for l in range(1, len(self.W)):
-            w = np.outer(split[l - 1], adjoint[l])
-            w += self.alpha * np.outer(adjoint[l - 1], split[l])
-            grads.append({"w": w, "b": adjoint[l]})
-        return tuple(grads)
-
-    def phi_gradient(self, s: np.ndarray) -> Any:
-        """dPhi/dtheta, weighted by ``alpha^(l - L)``."""
-        L, split = len(self.W), [s[at] for at in self.at]
-        below = [self.x, *split[:-1]]
-        weights = [self.alpha ** (l + 1 - L) for l in range(L)]
-        return tuple(
-            {"w": a * np.outer(u, v), "b": a * v}
-            for a, u, v in zip(weights, below, split, strict=True)
-        )
-
-    def estimate(self, beta: float, symmetric: bool) -> Any:
-        """EP at finite beta, from the fixed points."""
-        other = self.rest(-beta if symmetric else 0)
-        span = 2 * beta if symmetric else beta
-        plus, minus = self.phi_gradient(self.rest(beta)), self.phi_gradient(other)
-        return jax.tree.map(lambda p, m: -(p - m) / span, plus, minus)
 
 
 @pytest.mark.parametrize(
