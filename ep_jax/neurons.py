@@ -314,7 +314,8 @@ class SigmaDelta:
         lam_power: exponent of its decay.
         lam_floor: its lower bound, which sets the noise floor.
         nudged_epsilon: step size of the nudged phase.
-        nudged_quantum: quantum of the signed code in displacement coordinates.
+        nudged_quantum: quantum of the signed code in displacement coordinates, in units of the
+            output's error.
         average: number of last steps the read-out averages.
         decode: where the decoder sits: on the weighted ``"current"`` (the paper's), or on the
             ``"signal"`` before weights and pool.
@@ -427,15 +428,16 @@ class DeltaCode:
     those that rest at a bound; the others send ever smaller quanta.
 
     In the free phase the quantum is ``quantum * decay^max(0, t - lag * (l - 1))``: deeper layers
-    refine later, since they move later. In the nudged phase it is ``nudged_quantum *
-    nudged_decay^t`` in displacement coordinates, and that times ``|beta| alpha^(L - l)`` in
-    absolute ones. A displacement has either sign, so its code is signed, with leak as well.
+    refine later, since they move later. In the nudged phase it is ``e nudged_quantum *
+    nudged_decay^t`` in displacement coordinates, with ``e = max |dC/ds_L|`` the error of the output
+    (one number an example, broadcast), and that times ``|beta| alpha^(L - l)`` in absolute ones. A
+    displacement has either sign, so its code is signed, with leak as well.
 
     Attributes:
         quantum: first quantum of the free phase.
         decay: its factor a step.
         lag: steps by which each layer starts to refine after the one below.
-        nudged_quantum: first quantum of the nudged phase, in units of the displacement.
+        nudged_quantum: first quantum of the nudged phase, in units of the output's error.
         nudged_decay: its factor a step.
         leak: whether ``r`` leaks (binary code) or not (ternary code).
         surrogate: derivative of the quantiser in reverse mode (`ep_jax.spikes`): EP needs none.
@@ -527,7 +529,8 @@ class Bernoulli:
         epsilon: first step size in (0, 1].
         epsilon_power: exponent of its decay.
         epsilon_floor: its lower bound.
-        nudged_quantum: quantum of the signed code in displacement coordinates.
+        nudged_quantum: quantum of the signed code in displacement coordinates, in units of the
+            output's error.
         average: number of last steps the read-out averages.
         surrogate: derivative of the quantiser in reverse mode (`ep_jax.spikes`): EP needs none.
 
@@ -626,7 +629,8 @@ class IntegrateFire:
 
     Attributes:
         leak: factor on membrane and trace a step, in (0, 1].
-        nudged_quantum: quantum of the signed code in displacement coordinates.
+        nudged_quantum: quantum of the signed code in displacement coordinates, in units of the
+            output's error.
         average: number of last steps the read-out averages.
         surrogate: derivative of the quantiser in reverse mode (`ep_jax.spikes`): EP needs none.
 

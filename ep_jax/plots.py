@@ -162,15 +162,14 @@ def gdu(curves: GDU, shown: int = 4) -> Figure:
 
     Args:
         curves: from `ep_jax.diagnostics.gdu`.
-        shown: units of the first example, and weights, drawn of each layer: those that are updated
-            most.
+        shown: units (of any example) and weights drawn of each layer: those that are updated most.
     """
     depth = len(curves.ep_state)
     figure = Figure(figsize=(3.0 * depth, 5.4), layout="constrained")
     axes = figure.subplots(2, depth, squeeze=False)
     for l in range(depth):
         pairs = {
-            "drive of unit": (curves.ep_state[l][:, 0], curves.bptt_state[l][:, 0]),
+            "drive of a unit": (curves.ep_state[l], curves.bptt_state[l]),
             "weight": (curves.ep_params[l]["w"], curves.bptt_params[l]["w"]),
         }
         for axis, (what, pair) in zip(axes[:, l], pairs.items(), strict=True):
@@ -180,7 +179,8 @@ def gdu(curves: GDU, shown: int = 4) -> Figure:
             for i, unit in enumerate(most):
                 axis.plot(sweeps, bptt[:, unit], color=f"C{i}", alpha=0.5, lw=3)
                 axis.plot(sweeps, ep[:, unit], "--", color=f"C{i}", lw=1.2)
-            axis.set(title=f"layer {l + 1}, {what}", xlabel="sweep")
+            axis.set_title(f"layer {l + 1}, {what}", loc="right", fontsize=10)
+            axis.set(xlabel="sweep")
             axis.ticklabel_format(axis="y", scilimits=(-2, 2))
     axes[0, 0].plot([], [], color="0.4", alpha=0.5, lw=3, label="BPTT")
     axes[0, 0].plot([], [], "--", color="0.4", lw=1.2, label="EP")
