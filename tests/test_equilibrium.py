@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from helpers import (
     LinearNetwork,
+    affine,
     exact_gradient,
     flat,
     make_batch,
@@ -162,7 +165,139 @@ def test_coordinates_give_one_gradient() -> None:
             assert relative_error(b, a) < 1e-9
 
 
+# Max pools in displacement coordinates.
+
+SAME: Any = {"padding": "SAME"}
+POOLED: dict[str, Any] = {
+    "max over max": (
+        (ep.Conv(2, 3, pool=None), ep.Conv(3, 3, "max", **SAME), ep.Conv(3, 3, "max", **SAME)), 5),
+    "max over avg": ((ep.Conv(3, 3), ep.Conv(4, 3, "max", **SAME), ep.Dense(5)), 2),
+}  # fmt: skip
+
+
+def winners(spec: ep.NetworkSpec, params: Any, state: Any, l: int) -> jax.Array:
+    """Which of its four units wins each window of the max-pooled layer ``l``."""
+    layer = dataclasses.replace(spec.layers[l], pool=None)
+    z = affine(layer, params[l], state[l - 1])
+    windows = z.reshape(z.shape[0] // 2, 2, z.shape[1] // 2, 2, -1).transpose(0, 2, 4, 1, 3)
+    return windows.reshape(-1, 4).argmax(-1)
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_displaced_max_pools_let_their_winners_move(name: str) -> None:
+    """Winners held where they were, a minimum that should be a maximum, shares of a tie.
+
+    Both coordinates run the same map, so they agree to rounding, whoever wins: at nudges of either
+    sign (a negative one turns every maximum of displacements into a minimum), and in the gradient,
+    of a batch of both signs. Inputs of low contrast let winners change. A kernel of zeros makes
+    all of a channel's windows tie, and its gradient is shared among the four.
+    """
+    hidden, seed = POOLED[name]
+    spec = ep.NetworkSpec((10, 10, 1), (*hidden, ep.Dense(3)), ep.Rate(), feedback=0.5)
+    params, (xs, ys) = make_params(spec, seed, gain=0.9), make_batch(spec, 6)
+    xs = 0.5 + 0.02 * (xs - 0.5)
+    pooled = [l for l in range(3) if getattr(spec.layers[l], "pool", None) == "max"]
+    params = tuple({"w": p["w"], "b": p["b"] + 0.4} for p in params)
+    top = pooled[-1]
+    tied = {"w": params[top]["w"].at[..., 0].set(0.0), "b": params[top]["b"]}
+    params = (*params[:top], tied, *params[top + 1 :])
+    both = [
+        ep.Phases(400, 400, 0.4, "random_sign", "alternating", coordinates)
+        for coordinates in ("absolute", "displacement")
+    ]
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, 0, None))
+    def phases_of(x: Any, y: Any, beta: Any) -> Any:
+        free, info = ep.free_phase(params, spec, x, both[0])
+        nudged = [ep.nudged_phase(params, spec, x, y, free, beta, phases) for phases in both]
+        moved = [
+            jnp.sum(winners(spec, params, nudged[0][0], l) != winners(spec, params, free, l))
+            for l in pooled
+        ]
+        residuals = info.residual, *(info.residual for _, info in nudged)
+        return [state for state, _ in nudged], residuals, moved
+
+    moves = []
+    for beta in (-0.4, -0.1, 0.1, 0.4):
+        (absolute, displaced), residuals, moved = phases_of(xs, ys, beta)
+        for a, b in zip(absolute, displaced, strict=True):
+            np.testing.assert_allclose(b, a, rtol=0, atol=1e-11)
+        assert max(float(r.max()) for r in residuals) < 1e-11
+        moves.append([int(m.sum()) for m in moved])
+    negative, positive = np.sum(moves[:2], axis=0), np.sum(moves[2:], axis=0)
+    assert negative.all(), moves
+    assert positive.all(), moves
+    run = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
+    a, b = (run(params, spec, xs, ys, phases, jax.random.key(0))[0] for phases in both)
+    for p, q in zip(a, b, strict=True):
+        assert relative_error(q, p) < 1e-9
+    assert float(jnp.linalg.norm(a[top]["w"][..., 0])) > 1e-3
+
+
 # Estimators by their definition.
+
+
+@pytest.mark.parametrize(
+    ("activation", "cost", "feedback", "points", "coordinates", "betas"),
+    [
+        ("tanh", "squared_error", 0.5, 3, "absolute", (0.1, 0.05, 0.02)),
+        ("sigmoid", "cross_entropy", 1.0, 4, "displacement", (0.5, 0.25, 0.1)),
+    ],
+)
+def test_holomorphic_error_falls_with_the_number_of_points(
+    activation: str, cost: Any, feedback: float, points: int, coordinates: Any, betas: Any
+) -> None:
+    """A point of the circle that is missing, counted twice or not conjugated away.
+
+    N points on a circle integrate all powers of beta below the N-th exactly. What is left is the
+    N-th power and those after it, which fall where beta is inside of psi's radius of convergence R,
+    by ``(beta / R)^N`` for N points: with logistic units beta = 1/2 is well inside, so four points
+    make less than a tenth of the error of two, the symmetric estimate.
+    """
+    spec = ep.NetworkSpec((8, 8, 1), CONV, ep.Rate(activation=activation), cost, feedback)
+    params, (xs, ys) = make_params(spec, seed=1, gain=0.7), make_batch(spec, 3)
+    exact = exact_gradient(params, spec, xs, ys, 120)
+    inside = slice(None if cost == "squared_error" else -1)
+    settings: Any = {"free": 120, "nudged": 120, "coordinates": coordinates}
+    run = gradient(spec, estimator="holomorphic", points=points, **settings)
+    grads = [run(params, xs, ys, beta)[0] for beta in betas]
+    errors = [relative_error(g[inside], exact[inside]) for g in grads]
+    assert abs(slope(betas, errors) - points) < 0.1, errors
+    if points == 4:
+        two = gradient(spec, estimator="symmetric", **settings)(params, xs, ys, 0.5)[0]
+        assert errors[0] < 0.1 * relative_error(two[inside], exact[inside])
+        assert relative_error(grads[0][-1], exact[-1]) < 1e-12
+
+
+def test_holomorphic_estimates_agree_with_each_other() -> None:
+    """A complex phase that is another map than the real one, in either coordinates.
+
+    Two points are the symmetric estimate. The gradient is real, in the parameters' precision.
+    """
+    spec = ep.NetworkSpec(
+        (5,), (ep.Dense(6), ep.Dense(4), ep.Dense(3)), ep.Rate(activation="softplus"),
+        "cross_entropy", 0.5,
+    )  # fmt: skip
+    params, (xs, ys) = make_params(spec, gain=0.5), make_batch(spec, 2)
+    settings: Any = {"free": 100, "nudged": 100}
+    symmetric, two, three, displaced = (
+        gradient(spec, estimator=estimator, points=points, coordinates=coordinates, **settings)
+        for estimator, points, coordinates in (
+            ("symmetric", 4, "absolute"),
+            ("holomorphic", 2, "absolute"),
+            ("holomorphic", 3, "absolute"),
+            ("holomorphic", 3, "displacement"),
+        )
+    )
+    for ours, expected in ((two, symmetric), (displaced, three)):
+        (a, info), (b, other) = ours(params, xs, ys, 0.4), expected(params, xs, ys, 0.4)
+        np.testing.assert_allclose(flat(a), flat(b), atol=1e-13)
+        np.testing.assert_allclose(info.output, other.output, atol=1e-14)
+    for dtype in (jnp.float32, jnp.float64):
+        single = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), params)
+        grads, info = jax.eval_shape(three, single, xs.astype(dtype), ys)
+        assert {g.dtype for g in jax.tree.leaves((grads, info.cost))} == {jnp.dtype(dtype)}
 
 
 def test_random_sign_draws_one_sided_estimates() -> None:
