@@ -57,9 +57,9 @@ NEURONS: dict[str, ep.Neuron] = {
 SCHEDULES: dict[str, ep.Neuron] = {
     **{
         f"delta code, quantum {q}, decay {d}": replace(DELTA, quantum=q, decay=d)
-        for q, d in ((0.7, 0.6), (0.7, 0.65), (0.7, 0.7), (0.5, 0.65), (0.5, 0.7), (0.5, 0.75))
+        for q, d in ((0.7, 0.6), (0.7, 0.65), (0.5, 0.6), (0.5, 0.65), (0.5, 0.7), (0.5, 0.75))
     },
-    **{f"delta code, lag {lag}": replace(DELTA, lag=lag) for lag in (0.0, 0.5, 1.5)},
+    **{f"delta code, lag {lag}": replace(DELTA, lag=lag) for lag in (0.0, 1.0, 3.0)},
     **{
         f"delta code, nudged quantum {q}, decay {d}": replace(
             DELTA, nudged_quantum=q, nudged_decay=d

@@ -42,10 +42,11 @@ def issubclass_of_tuple(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, tuple)
 
 
-def test_the_readme_example() -> None:
-    """The block of Python in the README, as it stands there."""
+def test_the_readme_examples() -> None:
+    """The blocks of Python in the README, one after the other, as a reader would run them."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
+    names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), names)

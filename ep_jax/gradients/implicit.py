@@ -66,7 +66,7 @@ def implicit_gradient(
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> xs, ys = jnp.ones((5, 3)), jnp.array([0, 1, 1, 0, 1])
         >>> grads, info = implicit_gradient(params, spec, xs, ys, Phases(free=50))
-        >>> bool(info.nudged.residual < 1e-5)
+        >>> bool(info.nudged.residual < 1e-4)
         True
     """
     given = check(params, spec, xs, ys, phases, key)
