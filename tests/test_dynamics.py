@@ -187,6 +187,93 @@ def test_displacement_keeps_its_precision_in_float32() -> None:
     assert worst["absolute"] < 0.9
 
 
+# Signals of low precision.
+
+
+def test_signals_are_rounded_and_states_are_not() -> None:
+    """Rounding of states or sums, to other than 8 bits, or in one of the phases only.
+
+    Through weights of one, a layer holds what it heard: at rest the output is the rounded hidden
+    state, the hidden state is the input plus alpha times the output, which 8 bits hold. In the
+    nudged phase a displacement is the rounded displacement above it, of the sweep before.
+    """
+    spec = ep.NetworkSpec((6,), (ep.Dense(6), ep.Dense(6)), ep.Rate(), feedback=0.5)
+    identity = {"w": jnp.eye(6), "b": jnp.zeros(6)}
+    params, x = (identity, identity), jnp.asarray(np.random.default_rng(0).uniform(0.1, 0.4, 6))
+    phases = ep.Phases(60, 9, 1e-3, coordinates="displacement", signals="bfloat16")
+
+    def rounded(values: Any) -> np.ndarray:
+        return np.asarray(values).astype(jnp.bfloat16).astype(np.float64)
+
+    (hidden, output), info = ep.free_phase(params, spec, x, phases)
+    assert float(info.residual) == 0
+    np.testing.assert_array_equal(output, rounded(hidden))
+    np.testing.assert_allclose(hidden, x + 0.5 * output, rtol=1e-15)
+    assert np.abs(hidden - rounded(hidden)).max() > 1e-4
+    _, info = ep.nudged_phase(
+        params, spec, x, 2, (hidden, output), 1e-3, phases, trace=lambda seen: seen.state
+    )
+    d_hidden, d_output = map(np.asarray, info.trace)
+    np.testing.assert_allclose(d_hidden[1:], rounded(d_output[:-1]), rtol=1e-12)
+    assert np.abs(d_output - rounded(d_output)).max() > 1e-4
+
+
+def test_low_precision_is_enough_for_displacements() -> None:
+    """A signal that is a small difference of large numbers: 8 bits would leave nothing of it.
+
+    At beta = 1e-3 that is what absolute coordinates send, so there it does.
+    """
+    spec = small(ep.Rate(activation="tanh"), 0.3, (ep.Conv(3, 3), ep.Dense(6), ep.Dense(3)))
+    params, (xs, ys) = make_params(spec, gain=0.8), make_batch(spec, 3)
+    run = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
+    kinds: Any = [
+        {"coordinates": "displacement"},
+        {"coordinates": "displacement", "signals": "bfloat16"},
+        {"coordinates": "absolute", "signals": "bfloat16"},
+    ]
+    exact, displaced, absolute = (
+        run(params, spec, xs, ys, ep.Phases(40, 40, 1e-3, **kind))[0] for kind in kinds
+    )
+    assert min(cosine(a, b) for a, b in zip(displaced, exact, strict=True)) > 0.999
+    assert min(cosine(a, b) for a, b in zip(absolute, exact, strict=True)) < 0.9
+
+
+# Phases that start somewhere.
+
+
+@pytest.mark.parametrize("sweep", ["synchronous", "alternating"])
+def test_a_free_phase_goes_on_from_a_state(sweep: Any) -> None:
+    """A start that is ignored, or laid out as no layer reads it."""
+    spec = small(ep.Rate(0.7), 0.6, (ep.Conv(3, 3, padding="SAME"), ep.Conv(2, 3), ep.Dense(3)))
+    params, (xs, _) = make_params(spec), make_batch(spec, 1)
+
+    @jax.jit
+    def both() -> Any:
+        whole, four, three = (ep.Phases(free=n, sweep=sweep) for n in (7, 4, 3))
+        half, _ = ep.free_phase(params, spec, xs[0], four)
+        at_once, info = ep.free_phase(params, spec, xs[0], whole)
+        return ep.free_phase(params, spec, xs[0], three, start=half), (at_once, info), half
+
+    gone_on, at_once, half = both()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-14), gone_on, at_once)
+    assert max(float(jnp.abs(a - b).max()) for a, b in zip(half, at_once[0], strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("neuron", [ep.DeltaCode(), ep.SigmaDelta()])
+def test_spiking_neurons_start_with_receivers_that_know_the_state(neuron: Any) -> None:
+    """Receivers that begin with nothing: the first sweep would leave the state.
+
+    At the fixed point of rates, told of in full, all drives are what they should be.
+    """
+    layers = (ep.Conv(3, 3), ep.Dense(6), ep.Dense(3))
+    spec, rate = small(neuron, 0.5, layers), small(ep.Rate(), 0.5, layers)
+    params, (xs, _) = make_params(spec, gain=0.8), make_batch(spec, 1)
+    fixed, _ = ep.free_phase(params, rate, xs[0], ep.Phases(free=200))
+    state, info = ep.free_phase(params, spec, xs[0], ep.Phases(free=1), start=fixed)
+    assert float(info.residual) < 1e-13
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-13), state, fixed)
+
+
 # Energy.
 
 

@@ -477,6 +477,43 @@ def test_spiking_phases_follow_the_equations(
         assert sum(float(v) for v in info.spikes) > 1  # the comparison is not of silence
 
 
+def test_decoder_may_sit_on_either_side_of_affine_weights() -> None:
+    """A leak of another sweep, or a decoded signal that lags or is forgotten between the phases.
+
+    Decoding is linear, so before or after an affine map it gives the same numbers, and here the
+    same spikes, in both phases and coordinates. A max pool is not affine: there the two differ.
+    """
+    found = {}
+    sides: Any = [("avg", "current"), ("avg", "signal"), ("max", "current"), ("max", "signal")]
+    nudges: Any = ((0.3, "displacement"), (-0.3, "absolute"))
+
+    def spikes_of(seen: Any) -> Any:
+        return seen.spikes
+
+    for pool, decode in sides:
+        layers = (ep.Conv(2, 3, padding="SAME"), ep.Conv(3, 3, pool, padding="SAME"), ep.Dense(3))
+        neuron = ep.SigmaDelta(average=4, lam_floor=0.2, decode=decode)
+        spec = ep.NetworkSpec((8, 8, 1), layers, neuron, feedback=0.5)
+        params = make_params(spec, seed=4)
+        x = jnp.asarray(np.random.default_rng(5).uniform(size=(8, 8, 1)))
+
+        def run(spec: Any, pool: Any, params: Any, x: Any) -> Any:
+            runs = [ep.free_phase(params, spec, x, ep.Phases(12), trace=spikes_of)]
+            for beta, kind in nudges if pool == "avg" else ():
+                args = params, spec, x, 1, runs[0][0], beta, ep.Phases(12, 8, coordinates=kind)
+                runs.append(ep.nudged_phase(*args, trace=spikes_of))
+            return [(state, info.trace) for state, info in runs]
+
+        found[pool, decode] = jax.jit(run, static_argnums=(0, 1))(spec, pool, params, x)
+    current, signal = found["avg", "current"], found["avg", "signal"]
+    for (state, spikes), (other, others) in zip(current, signal, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, spikes, others)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), state, other)
+        assert sum(float(jnp.abs(q).sum()) for q in spikes) > 20
+    (state, _), (other, _) = found["max", "current"][0], found["max", "signal"][0]
+    assert max(float(jnp.abs(a - b).max()) for a, b in zip(state, other, strict=True)) > 1e-2
+
+
 @pytest.mark.parametrize("neuron", [ep.SigmaDelta(average=12), ep.Bernoulli(average=12)])
 def test_short_phase_reads_the_mean_of_all_its_states(neuron: Any) -> None:
     """A phase shorter than the averaging window that divides by the window, or keeps its start."""
