@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import ep_jax as ep
+from ep_jax import presets
 
 SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(4), ep.Dense(3)), ep.Rate())
 PARAMS: Any = tuple(
@@ -29,6 +30,8 @@ Phases: Any = ep.Phases
 Spec: Any = ep.NetworkSpec
 Conv: Any = ep.Conv
 DeltaCode: Any = ep.DeltaCode
+SigmaDelta: Any = ep.SigmaDelta
+Config: Any = presets.Config
 
 
 def changed(layer: int, name: str, value: Any) -> Any:
@@ -44,9 +47,9 @@ def with_entry(array: np.ndarray, value: float) -> np.ndarray:
 NAN_STATE: Any = (with_entry(STATE[0], np.nan), *STATE[1:])
 
 
-def gradient(**other: Any) -> Any:
+def gradient(of: Any = ep.ep_gradient, **other: Any) -> Any:
     settings = {"params": PARAMS, "spec": SPEC, "xs": XS, "ys": YS, "phases": PHASES, **other}
-    return ep.ep_gradient(**settings)
+    return of(**settings)
 
 
 def free(**other: Any) -> Any:
@@ -166,11 +169,29 @@ CASES: dict[str, Case] = {
     "unknown coordinates": (
         lambda: Phases(coordinates="polar"), ValueError,
         ("Phases.coordinates ", "'polar'", "'displacement'")),
-    "phases as a dict": (
-        lambda: gradient(phases={"free": 2}), TypeError, ("phases ", "{'free': 2}", "Phases")),
-    "displacement with max pooling": (
-        lambda: gradient(spec=MAX_POOLED, phases=Phases(coordinates="displacement")), ValueError,
-        ("coordinates ", "'displacement'", "'max'", "'absolute'")),
+    **{
+        f"phases as a dict, {of.__name__}": (
+            lambda of=of: gradient(of=of, phases={"free": 2}), TypeError,
+            ("phases ", "{'free': 2}", "Phases"))
+        for of in (ep.ep_gradient, ep.bptt_gradient, ep.implicit_gradient)
+    },
+    "one point on a circle": (
+        lambda: Phases(points=1), ValueError, ("Phases.points ", "1", "at least 2")),
+    "unknown signals": (
+        lambda: Phases(signals="int8"), ValueError,
+        ("Phases.signals ", "'int8'", "'full', 'bfloat16'")),
+    "complex signals of low precision": (
+        lambda: Phases(estimator="holomorphic", signals="bfloat16"), ValueError,
+        ("Phases.signals ", "'bfloat16'", "'full'", "'holomorphic'", "complex")),
+    **{
+        f"holomorphic EP of {name}": (
+            lambda spec=spec: gradient(spec=spec, phases=Phases(2, 2, estimator="holomorphic")),
+            ValueError, ("estimator ", "'holomorphic'", str(spec.neuron), "max", "'tanh'"))
+        for name, spec in {
+            "hard sigmoids": SPEC, "spikes": Spec((6, 6, 1), SPEC.layers, ep.DeltaCode()),
+            "a max pool": MAX_POOLED,
+        }.items()
+    },
     "noise without a key": (
         lambda: free(spec=NOISY), ValueError, ("key ", "None", "random key", "Bernoulli")),
     "a gradient of noise without a key": (
@@ -178,6 +199,40 @@ CASES: dict[str, Case] = {
     "random signs without a key": (
         lambda: gradient(phases=Phases(2, 2, estimator="random_sign")), ValueError,
         ("key ", "None", "random key", "random_sign")),
+    # The settings of each gradient.
+    "no sweeps tracked": (
+        lambda: gradient(tracked=0, of=ep.bptt_gradient), ValueError,
+        ("tracked ", "0", "at least 1")),
+    "more sweeps tracked than there are": (
+        lambda: gradient(tracked=3, of=ep.bptt_gradient), ValueError,
+        ("tracked ", "3", "at most", "2 sweeps")),
+    "rematerialisation as text": (
+        lambda: gradient(remat="yes", of=ep.bptt_gradient), ValueError,
+        ("remat ", "'yes'", "True, False")),
+    "a tolerance of zero": (
+        lambda: gradient(tolerance=0.0, of=ep.implicit_gradient), ValueError,
+        ("tolerance ", "0.0", "(0, inf]")),
+    "no sweeps of the adjoint": (
+        lambda: gradient(max_sweeps=0, of=ep.implicit_gradient), ValueError,
+        ("max_sweeps ", "0", "at least 1")),
+    # Diagnostics.
+    "GDU curves of other sweeps": (
+        lambda: gradient(phases=Phases(2, 2, sweep="alternating"), of=ep.diagnostics.gdu),
+        ValueError, ("phases ", "'alternating'", "'synchronous'")),
+    "GDU curves of displacements": (
+        lambda: gradient(phases=Phases(2, 2, coordinates="displacement"), of=ep.diagnostics.gdu),
+        ValueError, ("phases ", "'displacement'", "'absolute'")),
+    "no power iterations": (
+        lambda: ep.diagnostics.spectral_radius(PARAMS, SPEC, X, STATE, iterations=0), ValueError,
+        ("iterations ", "0", "at least 1")),
+    "contractivity from nowhere": (
+        lambda: ep.diagnostics.contractivity(PARAMS, SPEC, jnp.asarray(XS), starts=0), ValueError,
+        ("starts ", "0", "at least 1")),
+    # Runs.
+    "an unknown gradient": (
+        lambda: Config(gradient="adam"), ValueError, ("gradient ", "'adam'", "'bptt'")),
+    "no images to learn": (
+        lambda: Config(train_images=0), ValueError, ("train_images ", "0", "at least 1")),
     # Networks.
     **{
         f"feedback of {value}": (
@@ -250,20 +305,59 @@ CASES: dict[str, Case] = {
         lambda: ep.DeltaCode(lag=-1.0), ValueError, ("DeltaCode.lag ", "-1.0", "[0, inf]")),
     "a leak that is no switch": (
         lambda: DeltaCode(leak=0.1), ValueError, ("DeltaCode.leak ", "0.1", "True")),
+    "a decoder elsewhere": (
+        lambda: SigmaDelta(decode="x"), ValueError,
+        ("SigmaDelta.decode ", "'x'", "'current', 'signal'")),
+    **{
+        f"an unknown surrogate of {model.__name__}": (
+            lambda model=model: model(surrogate="nope"), ValueError,
+            (f"{model.__name__}.surrogate ", "'nope'", "'straight_through'"))
+        for model in (ep.SigmaDelta, ep.DeltaCode, ep.Bernoulli, ep.IntegrateFire)
+    },
 }  # fmt: skip
+
+
+BATCHED: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
+    "inputs without a batch axis": ({"xs": X}, ValueError, ("xs ", "(batch, 6, 6, 1)")),
+    "inputs of integers": ({"xs": XS.astype(np.uint8)}, TypeError, ("xs ", "uint8")),
+    "inputs with NaN": ({"xs": with_entry(XS, np.nan)}, ValueError, ("xs ", "NaN")),
+    "an empty batch": ({"xs": XS[:0], "ys": YS[:0]}, ValueError, ("xs ", "no example")),
+    "a label too large": ({"ys": YS + 1}, ValueError, ("ys ", "3", "0 .. 2")),
+    "labels for another batch": ({"ys": YS[:4]}, ValueError, ("ys ", "(4,)", "(5,)")),
+    "too few layers": ({"params": PARAMS[:2]}, ValueError, ("params ", "2 layers")),
+    "params with NaN": (
+        {"params": changed(0, "w", with_entry(PARAMS[0]["w"], np.nan))}, ValueError,
+        ("params[0]['w'] ", "NaN")),
+    "noise without a key": ({"spec": NOISY}, ValueError, ("key ", "None", "Bernoulli")),
+}  # fmt: skip
+
+
+def built_too_early(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("a phase was built from wrong input")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that is missing, comes after the phases were built, or leaves the user guessing."""
-
-    def build(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a phase was built from wrong input")
-
-    monkeypatch.setattr(jax.lax, "scan", build)
+    monkeypatch.setattr(jax.lax, "scan", built_too_early)
     call, error, said = CASES[name]
     with pytest.raises(error) as caught:
         call()
+    message = str(caught.value)
+    assert message.startswith(said[0]), message
+    assert [part for part in said if part not in message] == [], message
+
+
+@pytest.mark.parametrize("of", [ep.bptt_gradient, ep.implicit_gradient, ep.diagnostics.gdu])
+@pytest.mark.parametrize("name", BATCHED)
+def test_every_gradient_refuses_a_bad_batch(
+    name: str, of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks that one of the gradients leaves out: bad inputs, targets, parameters or no key."""
+    wrong, error, said = BATCHED[name]
+    monkeypatch.setattr(jax.lax, "scan", built_too_early)
+    with pytest.raises(error) as caught:
+        gradient(of=of, **wrong)
     message = str(caught.value)
     assert message.startswith(said[0]), message
     assert [part for part in said if part not in message] == [], message
