@@ -8,17 +8,21 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 import ep_jax as ep
 from ep_jax import run, training
-from ep_jax.data import load
-from ep_jax.presets import PRESETS, Config
+from ep_jax.data import load, to_float
+from ep_jax.gradients import GRADIENTS
+from ep_jax.presets import PRESETS, Config, spec_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dataclasses.replace(
@@ -72,6 +76,56 @@ def test_the_result_is_what_the_weights_give(finished: Path) -> None:
     longer = dataclasses.replace(phases, free=4 * phases.free)
     answers, _ = training.predict(params, spec, longer, data.test_images)
     assert training.error_rate(answers, data.test_labels) == result["test_error_4x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("bptt", "back-propagation through time"), ("implicit", "implicit differentiation")],
+)
+def test_a_run_by_another_gradient(name: Any, shown: str, tmp_path: Path) -> None:
+    """A run that uses EP all the same, or learns other images than the first so many.
+
+    One step on all of the images that are left: the norms it writes are those of the gradient at
+    the initial weights, of these images in any order.
+    """
+    config = dataclasses.replace(TINY, epochs=1, gradient=name, train_images=100)
+    console = Console(file=io.StringIO(), width=100)
+    result = run.train(config, tmp_path, console=console)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(line)
+    assert metrics["step"] == 1
+    assert np.isfinite(list(flat_numbers(metrics))).all()
+    assert np.isfinite(list(flat_numbers(result))).all()
+    assert metrics["spikes_free"] > 0
+    assert metrics["spikes_nudged"] == 0
+    assert ("residual_nudged" in metrics) == (name == "implicit")
+    assert isinstance(console.file, io.StringIO)
+    assert shown in console.file.getvalue()
+    data = load("digits")
+    spec = spec_of(config, data.train_images.shape[1:], data.classes)
+    params = ep.init_params(jax.random.split(jax.random.key(0), 3)[0], spec, config.gain)
+    gradient = jax.jit(GRADIENTS[name], static_argnames=("spec", "phases"))
+    xs, ys = to_float(jnp.asarray(data.train_images[:100])), jnp.asarray(data.train_labels[:100])
+    grads, _ = gradient(params, spec, xs, ys, config.phases)
+    norms = [np.sqrt(sum(float(jnp.sum(v**2)) for v in layer.values())) for layer in grads]
+    np.testing.assert_allclose(metrics["gradient_norm"], norms, rtol=1e-5)
+
+
+def flat_numbers(record: Any) -> Iterator[float]:
+    """All numbers of a record."""
+    if isinstance(record, dict | list):
+        for value in record.values() if isinstance(record, dict) else record:
+            yield from flat_numbers(value)
+    elif isinstance(record, int | float):
+        yield record
+
+
+def test_more_training_images_than_there_are(tmp_path: Path) -> None:
+    """A limit that nobody notices: a run on fewer images than its record says."""
+    config = dataclasses.replace(TINY, train_images=999)
+    with pytest.raises(ValueError, match="train_images is 999; expected at most the 998 there"):
+        train(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 class KilledError(Exception):
