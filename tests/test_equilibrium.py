@@ -190,7 +190,7 @@ def test_displaced_max_pools_let_their_winners_move(name: str) -> None:
     Both coordinates run the same map, so they agree to rounding, whoever wins: at nudges of either
     sign (a negative one turns every maximum of displacements into a minimum), and in the gradient,
     of a batch of both signs. Inputs of low contrast let winners change. A kernel of zeros makes
-    all of a channel's windows tie, and its gradient is shared among the four.
+    all of a channel's windows tie.
     """
     hidden, seed = POOLED[name]
     spec = ep.NetworkSpec((10, 10, 1), (*hidden, ep.Dense(3)), ep.Rate(), feedback=0.5)
@@ -233,6 +233,27 @@ def test_displaced_max_pools_let_their_winners_move(name: str) -> None:
     for p, q in zip(a, b, strict=True):
         assert relative_error(q, p) < 1e-9
     assert float(jnp.linalg.norm(a[top]["w"][..., 0])) > 1e-3
+
+
+@pytest.mark.parametrize("coordinates", ["absolute", "displacement"])
+def test_max_pools_share_what_a_tie_gets(coordinates: Any) -> None:
+    """One winner of a tie, or as many full winners as there are equals.
+
+    On a uniform image the four units of each window are equal and, sharing equally, stay so: the
+    maximum is the mean, and the network the average-pooled one, at any nudge.
+    """
+    networks: Any = [("max", coordinates), ("avg", "absolute")]
+    found = []
+    for pool, kind in networks:
+        phases = ep.Phases(80, 80, 0.4, "one_sided", coordinates=kind)
+        layers = (ep.Conv(2, 3, pool=None), ep.Conv(3, 1, pool), ep.Dense(3))
+        spec = ep.NetworkSpec((6, 6, 1), layers, ep.Rate(activation="softplus"), feedback=0.5)
+        params, (_, ys) = make_params(spec, seed=1, gain=0.4), make_batch(spec, 2)
+        xs = jnp.broadcast_to(jnp.array([0.3, 0.8]).reshape(2, 1, 1, 1), (2, 6, 6, 1))
+        run = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
+        found.append(run(params, spec, xs, ys, phases)[0])
+    np.testing.assert_allclose(flat(found[0]), flat(found[1]), rtol=0, atol=1e-13)
+    assert all(np.linalg.norm(flat(g)) > 1e-3 for g in found[0])
 
 
 # Estimators by their definition.

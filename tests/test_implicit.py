@@ -136,7 +136,8 @@ def test_tolerance_is_a_part_of_the_norm() -> None:
     """
     spec = ep.NetworkSpec((5,), (ep.Dense(8), ep.Dense(6), ep.Dense(3)), ep.Rate())
     params, (xs, ys) = make_params(spec, gain=0.6, bias=0.1), make_batch(spec, 2)
-    settings = {"params": params, "spec": spec, "xs": xs, "ys": ys, "phases": ep.Phases(free=200)}
+    far = 1e4 * one_hot(spec, ys)  # a large cost has a large adjoint
+    settings = {"params": params, "spec": spec, "xs": xs, "ys": far, "phases": ep.Phases(free=200)}
     exact, _ = implicit(**settings)
     early, _ = implicit(**settings, tolerance=1e-3)
     assert 1e-5 < relative_error(early, exact) < 1e-2
