@@ -1,21 +1,23 @@
-"""Time and memory of one EP gradient, against the matmul rate of the same run.
+"""Time and memory of one gradient, by EP and by BPTT, against the matmul rate of the same run.
 
     python benchmarks/gradient.py --json gradient.json
 
 The network is 32C5-P2-64C5-P2-FC128-FC10 on 28 x 28 inputs. Compile time is apart; times are
 medians of calls that waited for their result. Operations are the multiplications and additions of
-the sweeps, two products a layer and sweep, counted from the specification.
+the sweeps, two products a layer and sweep, counted from the specification; a tracked sweep needs
+twice as many again in reverse, for the adjoints of its two products and of their weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ LAYERS = (ep.Conv(32, 5), ep.Conv(64, 5), ep.Dense(128), ep.Dense(10))
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Time and memory of one EP gradient."""
+    """Time and memory of one gradient, by EP and by BPTT."""
 
     batch: int = 64
     """Images in a batch."""
@@ -44,8 +46,17 @@ class Arguments:
     """File to write the numbers to."""
 
 
-def cases() -> dict[str, tuple[ep.NetworkSpec, ep.Phases]]:
-    """What is timed: the textbook's EP, unfolded and folded, and the spiking preset."""
+class Case(NamedTuple):
+    """What is timed: a gradient of a network, and how many sweeps' worth of products it needs."""
+
+    gradient: Callable[..., Any]
+    spec: ep.NetworkSpec
+    phases: ep.Phases
+    sweeps: int
+
+
+def cases() -> dict[str, Case]:
+    """The textbook's EP, unfolded and folded, the spiking preset, and BPTT."""
     unfolded = (
         *(dataclasses.replace(c, fold=False) for c in LAYERS if isinstance(c, ep.Conv)),
         *LAYERS[2:],
@@ -53,10 +64,22 @@ def cases() -> dict[str, tuple[ep.NetworkSpec, ep.Phases]]:
     textbook = ep.Phases(free=50, nudged=10)
     rate = ep.NetworkSpec((28, 28, 1), LAYERS, neuron=ep.Rate())
     preset = PRESETS["mnist"]
+    spiking = spec_of(preset, (28, 28, 1), 10)
+    both = textbook.free + 2 * textbook.nudged
+    tracked = functools.partial(ep.bptt_gradient, tracked=10)
+    free, nudged = preset.phases.free, preset.phases.nudged
     return {
-        "rate, symmetric, T = 50/10": (rate, textbook),
-        "the same, pool not folded": (dataclasses.replace(rate, layers=unfolded), textbook),
-        "preset mnist (spiking)": (spec_of(preset, (28, 28, 1), 10), preset.phases),
+        "EP, rate, symmetric, T = 50/10": Case(ep.ep_gradient, rate, textbook, both),
+        "the same, pool not folded": Case(
+            ep.ep_gradient, dataclasses.replace(rate, layers=unfolded), textbook, both
+        ),
+        "BPTT, rate, T = 50, 10 tracked": Case(tracked, rate, textbook, textbook.free + 2 * 10),
+        "BPTT, rate, T = 50": Case(ep.bptt_gradient, rate, textbook, 3 * textbook.free),
+        "the same, rematerialised": Case(
+            functools.partial(ep.bptt_gradient, remat=True), rate, textbook, 4 * textbook.free
+        ),
+        "preset mnist (spiking EP)": Case(ep.ep_gradient, spiking, preset.phases, free + nudged),
+        "BPTT of its free phase": Case(ep.bptt_gradient, spiking, preset.phases, 3 * free),
     }
 
 
@@ -71,8 +94,8 @@ def seconds(function: Callable[..., Any], *args: Any, repeats: int) -> float:
     return statistics.median(times)
 
 
-def operations(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:
-    """Multiplications and additions in the sweeps of one gradient: drives and adjoints."""
+def operations(spec: ep.NetworkSpec, sweeps: int, batch: int) -> int:
+    """Multiplications and additions in so many sweeps: drives and adjoints."""
     links = jax.eval_shape(lambda: network.link(ep.init_params(jax.random.key(0), spec), spec))
     positions = [
         math.prod(shape[:-1]) * (1 if fold_counts(layer) else 4)
@@ -82,8 +105,7 @@ def operations(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:
         2 * 2 * places * matrix.size
         for places, matrix in zip(positions[1:], links.matrices[1:], strict=True)
     )
-    points = 2 if phases.estimator == "symmetric" else 1
-    return batch * sweep * (phases.free + points * phases.nudged)
+    return batch * sweep * sweeps
 
 
 def fold_counts(layer: ep.Conv | ep.Dense) -> bool:
@@ -97,12 +119,13 @@ def matmul_rate(repeats: int) -> float:
     return 2 * 2048**3 / seconds(jax.jit(jnp.dot), a, a, repeats=repeats)
 
 
-def measure(spec: ep.NetworkSpec, phases: ep.Phases, batch: int, repeats: int) -> dict[str, Any]:
+def measure(case: Case, batch: int, repeats: int) -> dict[str, Any]:
     """Time, compile time, operations and temporary memory (where it is told) of one gradient."""
+    _, spec, phases, sweeps = case
     params = ep.init_params(jax.random.key(0), spec)
     xs = jax.random.uniform(jax.random.key(1), (batch, *spec.input_shape))
     ys = jnp.arange(batch) % spec.classes
-    gradient = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
+    gradient = jax.jit(case.gradient, static_argnames=("spec", "phases"))
     began = time.perf_counter()
     compiled = gradient.lower(params, spec, xs, ys, phases).compile()
     compile_seconds = time.perf_counter() - began
@@ -110,7 +133,7 @@ def measure(spec: ep.NetworkSpec, phases: ep.Phases, batch: int, repeats: int) -
     return {
         "seconds": seconds(compiled, params, xs, ys, repeats=repeats),
         "compile_seconds": compile_seconds,
-        "operations": operations(spec, phases, batch),
+        "operations": operations(spec, sweeps, batch),
         "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
     }
 
@@ -124,8 +147,8 @@ def main() -> None:
     for column in ("ms", "compile s", "GFLOP", "of matmul", "temp. MiB"):
         table.add_column(column, justify="right")
     measured = {}
-    for name, (spec, phases) in cases().items():
-        found = measure(spec, phases, arguments.batch, arguments.repeats)
+    for name, case in cases().items():
+        found = measure(case, arguments.batch, arguments.repeats)
         measured[name] = found
         temporary = found["temporary_bytes"]
         table.add_row(

@@ -58,8 +58,10 @@ class Phases:
         sweep: ``"synchronous"``, ``"alternating"`` or ``"ordered"``.
         coordinates: ``"absolute"`` or ``"displacement"``, of the nudged phase.
         points: number of points of the holomorphic estimator.
-        signals: ``"full"``, or ``"bfloat16"``: what goes through the weights in both phases is
-            rounded to 8 significant bits; states and sums keep their precision.
+        nudged_signals: ``"full"``, or ``"bfloat16"``: what goes through the weights in the nudged
+            phase is rounded to 8 significant bits; states and sums keep their precision. A
+            displacement can bear that. A free state cannot: the output's error, to which all that
+            is learned is proportional, is a small difference.
 
     Example:
         >>> Phases(free=12, nudged=8, sweep="alternating", coordinates="displacement").beta
@@ -73,7 +75,7 @@ class Phases:
     sweep: Literal["synchronous", "alternating", "ordered"] = "synchronous"
     coordinates: Literal["absolute", "displacement"] = "absolute"
     points: int = 4
-    signals: Literal["full", "bfloat16"] = "full"
+    nudged_signals: Literal["full", "bfloat16"] = "full"
 
     def __post_init__(self) -> None:
         check_integer("Phases.free", self.free, at_least=1)
@@ -83,10 +85,10 @@ class Phases:
         check_choice("Phases.sweep", self.sweep, SWEEPS)
         check_choice("Phases.coordinates", self.coordinates, COORDINATES)
         check_integer("Phases.points", self.points, at_least=2)
-        check_choice("Phases.signals", self.signals, SIGNALS)
-        if self.estimator == "holomorphic" and self.signals != "full":
-            raise ValueError(f"Phases.signals is {self.signals!r}; expected 'full' with "
-                             "estimator='holomorphic', whose signals are complex")  # fmt: skip
+        check_choice("Phases.nudged_signals", self.nudged_signals, SIGNALS)
+        if self.estimator == "holomorphic" and self.nudged_signals != "full":
+            raise ValueError(f"Phases.nudged_signals is {self.nudged_signals!r}; expected 'full' "
+                             "with estimator='holomorphic', whose signals are complex")  # fmt: skip
 
 
 class Snapshot(NamedTuple):
@@ -232,9 +234,11 @@ def _sweeps(
     sizes = [s.size for s in start]
     zero = jnp.zeros((), start[-1].real.dtype)
 
+    rounded = nudged and phases.nudged_signals == "bfloat16"
+
     def signal(state: Any) -> jax.Array:
         sent = neuron.signal(state)
-        return sent if phases.signals == "full" else jax.lax.reduce_precision(sent, 8, 7)
+        return jax.lax.reduce_precision(sent, 8, 7) if rounded else sent
 
     def update(states: list[Any], t: jax.Array) -> tuple[list[Any], list[jax.Array]]:
         before = list(map(signal, states))

@@ -157,7 +157,7 @@ def measure(
     """Agreement, spikes and time of one gradient."""
     spec = _spec(subject.feedback, neuron)
     if precision == "bfloat16":
-        phases = replace(phases, signals="bfloat16")
+        phases = replace(phases, nudged_signals="bfloat16")
     with _precision(precision):
         cast = in_float64 if precision == "float64" else lambda tree: tree
         params, xs = cast((subject.params, subject.xs))

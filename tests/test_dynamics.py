@@ -200,15 +200,15 @@ def test_signals_are_rounded_and_states_are_not() -> None:
     spec = ep.NetworkSpec((6,), (ep.Dense(6), ep.Dense(6)), ep.Rate(), feedback=0.5)
     identity = {"w": jnp.eye(6), "b": jnp.zeros(6)}
     params, x = (identity, identity), jnp.asarray(np.random.default_rng(0).uniform(0.1, 0.4, 6))
-    phases = ep.Phases(60, 9, 1e-3, coordinates="displacement", signals="bfloat16")
+    phases = ep.Phases(60, 9, 1e-3, coordinates="displacement", nudged_signals="bfloat16")
 
     def rounded(values: Any) -> np.ndarray:
         return np.asarray(values).astype(jnp.bfloat16).astype(np.float64)
 
     (hidden, output), info = ep.free_phase(params, spec, x, phases)
-    assert float(info.residual) == 0
-    np.testing.assert_array_equal(output, rounded(hidden))
-    np.testing.assert_allclose(hidden, x + 0.5 * output, rtol=1e-15)
+    assert float(info.residual) < 1e-15  # the free phase keeps its precision
+    np.testing.assert_allclose(output, hidden, rtol=1e-14)
+    np.testing.assert_allclose(hidden, x + 0.5 * output, rtol=1e-14)
     assert np.abs(hidden - rounded(hidden)).max() > 1e-4
     _, info = ep.nudged_phase(
         params, spec, x, 2, (hidden, output), 1e-3, phases, trace=lambda seen: seen.state
@@ -228,8 +228,8 @@ def test_low_precision_is_enough_for_displacements() -> None:
     run = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
     kinds: Any = [
         {"coordinates": "displacement"},
-        {"coordinates": "displacement", "signals": "bfloat16"},
-        {"coordinates": "absolute", "signals": "bfloat16"},
+        {"coordinates": "displacement", "nudged_signals": "bfloat16"},
+        {"coordinates": "absolute", "nudged_signals": "bfloat16"},
     ]
     exact, displaced, absolute = (
         run(params, spec, xs, ys, ep.Phases(40, 40, 1e-3, **kind))[0] for kind in kinds

@@ -178,11 +178,11 @@ CASES: dict[str, Case] = {
     "one point on a circle": (
         lambda: Phases(points=1), ValueError, ("Phases.points ", "1", "at least 2")),
     "unknown signals": (
-        lambda: Phases(signals="int8"), ValueError,
-        ("Phases.signals ", "'int8'", "'full', 'bfloat16'")),
+        lambda: Phases(nudged_signals="int8"), ValueError,
+        ("Phases.nudged_signals ", "'int8'", "'full', 'bfloat16'")),
     "complex signals of low precision": (
-        lambda: Phases(estimator="holomorphic", signals="bfloat16"), ValueError,
-        ("Phases.signals ", "'bfloat16'", "'full'", "'holomorphic'", "complex")),
+        lambda: Phases(estimator="holomorphic", nudged_signals="bfloat16"), ValueError,
+        ("Phases.nudged_signals ", "'bfloat16'", "'full'", "'holomorphic'", "complex")),
     **{
         f"holomorphic EP of {name}": (
             lambda spec=spec: gradient(spec=spec, phases=Phases(2, 2, estimator="holomorphic")),

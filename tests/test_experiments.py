@@ -1,0 +1,113 @@
+"""The experiments on small inputs: what they measure is what their studies say they measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import common
+import frontier
+import gradient_check
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pooling
+import pytest
+
+import ep_jax as ep
+
+
+def images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Blots of the size of digits, and labels."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(size=(count, 7, 7, 1)) ** 3
+    return np.kron(coarse, np.ones((1, 4, 4, 1))).astype(np.float32), np.arange(count) % 10
+
+
+def test_gradient_check_of_saved_weights(tmp_path: Path) -> None:
+    """A network nobody trained: at weak feedback its rate gradients are exact, and so says it."""
+    layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
+    spec = ep.NetworkSpec((8, 8, 1), layers, ep.DeltaCode(), feedback=0.1)
+    phases = ep.Phases(20, 12, 1e-3, "one_sided", "alternating", "displacement")
+    ep.save_weights(tmp_path, ep.init_params(jax.random.key(0), spec), spec, phases)
+    arguments = gradient_check.Arguments(
+        tmp_path / "out", weights=tmp_path, dataset="digits", batches=2, batch=8
+    )
+    gradient_check.check(arguments)
+    found = json.loads((tmp_path / "out" / "check.json").read_text())
+    gradients = found["gradients"]
+    for name in ("EP, rate neurons", "BPTT, rate neurons"):
+        assert np.shape(gradients[name]["cosine"]) == (2, 3)
+        assert np.min(gradients[name]["cosine"]) > 0.9999
+        np.testing.assert_allclose(gradients[name]["norm_ratio"], 1, atol=0.01)
+    assert np.min(gradients["EP, as trained"]["total_cosine"]) > 0.95
+    assert np.max(found["gdu"]["params_rmse"]) < 1e-3
+    assert np.max(found["spectral_radius"]) < 1
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"gdu.png", "agreement.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either --weights or --preset"),
+        ({"preset": "mnist", "weights": Path("x")}, "either --weights or --preset"),
+        ({"preset": "nope"}, "preset is 'nope'"),
+        ({"weights": Path("x")}, "expected --dataset"),
+    ],
+)
+def test_gradient_check_names_what_is_missing(arguments: Any, message: str) -> None:
+    """Before anything is loaded."""
+    with pytest.raises(ValueError, match=message):
+        gradient_check.Arguments(Path("out"), **arguments)
+
+
+def test_a_max_pool_does_not_see_spikes_as_it_sees_traces() -> None:
+    """The study's mechanism: single spikes move winners and inflate maxima, traces hardly do."""
+    budget = pooling.Budget(channels=(4, 4), hidden=8, gain=1.0)
+    xs, ys = images(4)
+    found = {}
+    for pool in pooling.POOLS:
+        spec = pooling.network_of(budget, pool, ep.Rate(), 0.05)
+        params = ep.init_params(jax.random.key(0), spec)
+        (exact,) = common.exact_gradients(params, spec, xs[None], ys[None])
+        twin = jax.vmap(lambda x, p=params, s=spec: ep.free_phase(p, s, x, ep.Phases(60))[0])(xs)
+        case = pooling.Case(params, xs, ys, exact, twin, 0.0)
+        for code in ("rate", "constant", "constant, pool on traces"):
+            found[pool, code] = pooling._measure(budget, pool, 0.05, code, "few", [case])
+    for pool in pooling.POOLS:
+        assert found[pool, "rate"]["cosine"][0] > 0.999
+        assert max(found[pool, "rate"]["state_error"][0]) < 1e-4
+    spikes, traces = found["max", "constant"], found["max", "constant, pool on traces"]
+    assert spikes["winner_moves"][0] > 2 * traces["winner_moves"][0] > 0
+    assert spikes["bias"][0] > 4 * abs(traces["bias"][0])
+    same = (found["avg", "constant"], found["avg", "constant, pool on traces"])
+    assert same[0]["winner_moves"] == [0.0]
+    np.testing.assert_allclose(same[0]["cosine"], same[1]["cosine"], atol=1e-3)
+
+
+def test_frontier_measures_against_the_exact_gradient() -> None:
+    """A settled rate network agrees with it; spikes are counted, precision is what it says."""
+    xs, ys = images(4)
+    spec = frontier._spec(0.1, ep.Rate())
+    params = ep.init_params(jax.random.key(0), spec, 0.6)
+    exact = common.exact_gradients(params, spec, xs[None], ys[None])
+    subject = frontier.Subject("early", 0.1, params, exact, xs[None], ys[None])
+    phases = ep.Phases(12, 8, 1e-3, "one_sided", "alternating", "displacement")
+    row = frontier.measure(subject, ep.Rate(), phases)
+    assert frontier._miss(row) < 1e-4
+    assert row["spikes_free"] == 0
+    double = frontier.measure(subject, ep.Rate(), phases, "float64")
+    assert double["cosine"].dtype == np.float64
+    assert frontier._miss(double) < 1e-4
+    spiking = frontier.measure(subject, frontier.DELTA, phases)
+    assert spiking["spikes_free"] > 0.1
+
+
+def test_intervals_and_json() -> None:
+    """Student's t for five values by hand; numbers that are none become None."""
+    mean, half = common.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    np.testing.assert_allclose(half, 2.7764 * np.sqrt(2.5) / np.sqrt(5), rtol=1e-4)
+    tree = {"a": jnp.array([1.0, np.nan]), "b": (np.float32(2), "x", None)}
+    assert common.plain(tree) == {"a": [1.0, None], "b": [2.0, "x", None]}
