@@ -321,10 +321,12 @@ class Sender:
             return (n.nudged_epsilon if nudged else epsilon), lambdas(n, now)[-1]
         return 1.0, 0.0
 
-    def send(self, s: np.ndarray, lam: float, delta: float, signed: bool) -> np.ndarray:
+    def send(
+        self, s: np.ndarray, lam: float, delta: float, signed: bool, error: float
+    ) -> np.ndarray:
         n, old, self.s = self.neuron, self.s, s
         if isinstance(n, ep.SigmaDelta):
-            quantum = n.nudged_quantum if signed else 1.0
+            quantum = n.nudged_quantum * error if signed else 1.0
             v = self.phi + (s - (1 - lam) * old) / lam
             q = np.round(v / quantum) if signed else 1.0 * (v > 0.5)
             self.phi = np.clip(v - quantum * q, -quantum / 2, quantum / 2)
@@ -375,6 +377,8 @@ def simulate(
     I0 = [current(start, l, 1, alpha) + given[l] for l in range(L)]
     s0 = [bound[l](I0[l]) for l in range(L)]
     senders = [Sender(n, 0.0 * s if displaced else s) for s in start]
+    # Nudged quanta are in units of the output's error.
+    error = np.abs((s0 if displaced else start)[-1] - y).max() if nudged else 1.0
     states, spikes = [], []
     for t in range(steps):
         counts: list[Any] = [None] * L
@@ -394,11 +398,11 @@ def simulate(
                     s = bound[l](s + epsilon * (drive - s))
                 delta = 0.0
                 if isinstance(n, ep.DeltaCode) and nudged:
-                    size = 1.0 if displaced else abs(beta_of[l])
-                    delta = size * n.nudged_quantum * n.nudged_decay**t
+                    delta = error * (1.0 if displaced else abs(beta_of[l]))
+                    delta *= n.nudged_quantum * n.nudged_decay**t
                 elif isinstance(n, ep.DeltaCode):
                     delta = n.quantum * n.decay ** max(0.0, t - n.lag * l)
-                counts[l] = senders[l].send(s, lam, delta, displaced)
+                counts[l] = senders[l].send(s, lam, delta, displaced, error)
         states.append([sender.s for sender in senders])
         spikes.append(counts)
     scale = beta_of if displaced else [1.0] * L
