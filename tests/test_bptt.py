@@ -22,7 +22,6 @@ from helpers import (
 )
 
 import ep_jax as ep
-from ep_jax import spikes
 from ep_jax.neurons import Clock
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -86,7 +85,6 @@ def unrolled(spec: ep.NetworkSpec, xs: Any, ys: Any, sweep: str, sweeps: int, tr
     ("sweep", "name", "pool", "cost", "tracked"),
     [
         ("synchronous", "hard_sigmoid", "avg", "squared_error", 3),
-        ("alternating", "hard_sigmoid", "avg", "squared_error", 4),
         ("alternating", "tanh", "avg", "cross_entropy", 3),
         ("synchronous", "softplus", "max", "cross_entropy", 4),
     ],
@@ -115,9 +113,8 @@ def test_gradient_of_unsettled_sweeps(
 def test_settled_gradient_is_the_exact_one() -> None:
     """Anything that a long relaxation would bring in; labels, one-hot targets and no nudge."""
     spec = ep.NetworkSpec(
-        (8, 8, 1), (ep.Conv(3, 3), ep.Dense(6), ep.Dense(3)), ep.Rate(activation="tanh"),
-        "cross_entropy", 0.5,
-    )  # fmt: skip
+        (6, 6, 1), (ep.Conv(3, 3), ep.Dense(3)), ep.Rate(activation="tanh"), "cross_entropy", 0.5
+    )
     params, (xs, ys) = make_params(spec, gain=0.7), make_batch(spec, 3)
     exact = exact_gradient(params, spec, xs, ys, 80)
     grads, info = bptt(params, spec, xs, one_hot(spec, ys), ep.Phases(free=80))
@@ -151,12 +148,12 @@ def test_truncation_cuts_the_series_of_the_adjoint() -> None:
 def test_rematerialisation_changes_nothing() -> None:
     """Segments that miss the remainder, run it twice, or restart the clock.
 
-    One sweep, a square number of them, and a number with a remainder beyond whole segments; the
-    quantum of these neurons depends on the sweep.
+    One sweep, and a truncated number with a remainder beyond whole segments; the quantum of these
+    neurons depends on the sweep.
     """
     spec = ep.NetworkSpec((5,), (ep.Dense(6), ep.Dense(3)), ep.DeltaCode(), feedback=0.6)
     params, (xs, ys) = make_params(spec), make_batch(spec, 2)
-    for sweeps, tracked in ((1, 1), (4, 4), (11, 7)):
+    for sweeps, tracked in ((1, 1), (11, 7)):
         (plain, info), (again, again_info) = (
             bptt(params, spec, xs, ys, ep.Phases(free=sweeps), tracked=tracked, remat=remat)
             for remat in (False, True)
@@ -254,8 +251,6 @@ def straight_through(spec: ep.NetworkSpec, xs: Any, ys: Any, sweep: str, sweeps:
 CONSTANT: Any = {"epsilon_power": 0.0, "lam_power": 0.0}
 SPIKING = {
     "sigma-delta": (ep.SigmaDelta(0.7, lam=0.4, average=3, **CONSTANT), "synchronous"),
-    "decoded signals": (
-        ep.SigmaDelta(0.7, lam=0.4, average=3, decode="signal", **CONSTANT), "alternating"),
     "delta code": (ep.DeltaCode(decay=0.8), "alternating"),
     "integrate and fire": (ep.IntegrateFire(0.9, average=3), "synchronous"),
 }  # fmt: skip
@@ -270,9 +265,7 @@ def test_straight_through_is_the_derivative_of_what_is_told(name: str) -> None:
     derivative of the analog state, while its value is that of the spikes: exactly.
     """
     neuron, sweep = SPIKING[name]
-    spec = ep.NetworkSpec(
-        (4, 4, 1), (ep.Conv(3, 3), ep.Dense(5), ep.Dense(3)), neuron, feedback=0.6
-    )
+    spec = ep.NetworkSpec((5,), (ep.Dense(6), ep.Dense(5), ep.Dense(3)), neuron, feedback=0.6)
     params, (xs, ys) = make_params(spec, seed=4), make_batch(spec, 2)
     value, expected = jax.jit(jax.value_and_grad(straight_through(spec, xs, ys, sweep, 6)))(params)
     grads, info = bptt(params, spec, xs, ys, ep.Phases(free=6, sweep=sweep))
@@ -282,12 +275,6 @@ def test_straight_through_is_the_derivative_of_what_is_told(name: str) -> None:
     assert all(np.linalg.norm(flat(g)) > 1e-3 for g in grads)
 
 
-NEURONS = [
-    ep.SigmaDelta(average=3),
-    ep.DeltaCode(),
-    ep.Bernoulli(average=3),
-    ep.IntegrateFire(average=3),
-]
 HALVED = pytest.mark.xfail(
     reason="Bernoulli clips its count at a tie, which halves the derivative", strict=True
 )
@@ -324,8 +311,17 @@ def test_signal_of_a_neuron_has_the_derivative_of_its_state(neuron: Any) -> None
     np.testing.assert_allclose(jax.jacobian(sent)(target), gain * np.eye(19), atol=1e-12)
 
 
-@pytest.mark.parametrize("neuron", NEURONS, ids=lambda neuron: type(neuron).__name__)
-def test_surrogates_change_the_gradient_alone(neuron: Any) -> None:
+@pytest.mark.parametrize(
+    ("neuron", "other"),
+    [
+        (ep.SigmaDelta(average=3), "fast_sigmoid"),
+        (ep.DeltaCode(), "triangle"),
+        (ep.Bernoulli(average=3), "triangle"),
+        (ep.IntegrateFire(average=3), "fast_sigmoid"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_surrogates_change_the_gradient_alone(neuron: Any, other: str) -> None:
     """A surrogate that moves the trajectory, or a gradient that is NaN.
 
     (A division by zero in the branch of a ``where`` that is not taken does that, in the running
@@ -333,7 +329,7 @@ def test_surrogates_change_the_gradient_alone(neuron: Any) -> None:
     """
     layers = (ep.Dense(8), ep.Dense(3))
     grads, infos = [], []
-    for surrogate in spikes.SURROGATES:
+    for surrogate in ("straight_through", other):
         model = type(neuron)(**{**vars(neuron), "surrogate": surrogate})
         spec = ep.NetworkSpec((5,), layers, model, feedback=0.6)
         params, (xs, ys) = make_params(spec), make_batch(spec, 2)
@@ -343,10 +339,9 @@ def test_surrogates_change_the_gradient_alone(neuron: Any) -> None:
         assert np.linalg.norm(flat(g)) > 1e-3
         grads.append(flat(g))
         infos.append(info)
-        if surrogate == "triangle":
+        if surrogate == other:
             np.testing.assert_array_equal(flat(run(jax.random.key(0))[0]), flat(g))
-            other = flat(run(jax.random.key(1))[0])
-            assert (relative_error(other, flat(g)) > 0.01) == neuron.stochastic
-    for g, info in zip(grads[1:], infos[1:], strict=True):
-        jax.tree.map(np.testing.assert_array_equal, info, infos[0])
-        assert relative_error(g, grads[0]) > 0.01
+            another = flat(run(jax.random.key(1))[0])
+            assert (relative_error(another, flat(g)) > 0.01) == neuron.stochastic
+    jax.tree.map(np.testing.assert_array_equal, *infos)
+    assert relative_error(*grads) > 0.01
