@@ -191,25 +191,23 @@ def test_displacement_keeps_its_precision_in_float32() -> None:
 
 
 def test_signals_are_rounded_and_states_are_not() -> None:
-    """Rounding of states or sums, to other than 8 bits, or in one of the phases only.
+    """Rounding of states or sums, to other than 8 bits, or in the free phase.
 
-    Through weights of one, a layer holds what it heard: at rest the output is the rounded hidden
-    state, the hidden state is the input plus alpha times the output, which 8 bits hold. In the
-    nudged phase a displacement is the rounded displacement above it, of the sweep before.
+    Through weights of one, a layer holds what it heard: in the free phase the hidden state itself,
+    which rests at ``x + alpha h = h``; in the nudged phase a displacement is the rounded
+    displacement above it, of the sweep before.
     """
     spec = ep.NetworkSpec((6,), (ep.Dense(6), ep.Dense(6)), ep.Rate(), feedback=0.5)
     identity = {"w": jnp.eye(6), "b": jnp.zeros(6)}
     params, x = (identity, identity), jnp.asarray(np.random.default_rng(0).uniform(0.1, 0.4, 6))
-    phases = ep.Phases(60, 9, 1e-3, coordinates="displacement", nudged_signals="bfloat16")
+    phases = ep.Phases(150, 9, 1e-3, coordinates="displacement", nudged_signals="bfloat16")
 
     def rounded(values: Any) -> np.ndarray:
         return np.asarray(values).astype(jnp.bfloat16).astype(np.float64)
 
-    (hidden, output), info = ep.free_phase(params, spec, x, phases)
-    assert float(info.residual) < 1e-15  # the free phase keeps its precision
-    np.testing.assert_allclose(output, hidden, rtol=1e-14)
-    np.testing.assert_allclose(hidden, x + 0.5 * output, rtol=1e-14)
-    assert np.abs(hidden - rounded(hidden)).max() > 1e-4
+    (hidden, output), _ = ep.free_phase(params, spec, x, phases)
+    np.testing.assert_allclose(hidden, 2 * x, rtol=1e-14)
+    np.testing.assert_allclose(output, 2 * x, rtol=1e-14)
     _, info = ep.nudged_phase(
         params, spec, x, 2, (hidden, output), 1e-3, phases, trace=lambda seen: seen.state
     )
