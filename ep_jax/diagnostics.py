@@ -138,7 +138,12 @@ def bias_and_variance(estimates: Params, exact: Params) -> Spread:
     Args:
         estimates: gradients with a leading axis of S seeds, as from ``jax.vmap`` over keys.
         exact: the exact gradient, one for all seeds or with the same leading axis.
+
+    Raises:
+        ValueError: there is one seed only.
     """
+    if len(jax.tree.leaves(estimates)[0]) < 2:
+        raise ValueError("estimates holds 1 seed; expected a leading axis of at least 2")
     layers: list[tuple[jax.Array, jax.Array]] = []
     for estimate, true in zip(estimates, exact, strict=True):
         bias, variance, norm = (jnp.zeros(()),) * 3
@@ -209,12 +214,12 @@ def gdu(
         >>> curves.ep_params[0]["w"].shape, curves.bptt_state[1].shape
         ((6, 3, 4), (6, 5, 2))
     """
+    given = check(params, spec, xs, ys, phases, key)
     if phases.sweep != "synchronous" or phases.coordinates != "absolute":
         raise ValueError(
             f"phases has sweep={phases.sweep!r} and coordinates={phases.coordinates!r}; expected "
             "'synchronous' and 'absolute'"
         )
-    given = check(params, spec, xs, ys, phases, key)
     free = settle(params, spec, xs, phases, given.free_keys)
     start = jax.vmap(lambda s: network.unpack(spec, s))(free.state)
 
@@ -285,7 +290,7 @@ class CurveErrors(NamedTuple):
 
     Attributes:
         rmse: root-mean-square difference over the larger of their root-mean-squares.
-        sign_error: share of the points at which both are non-zero and their signs differ.
+        sign_error: of the points at which both are non-zero, the share whose signs differ.
     """
 
     rmse: jax.Array
@@ -296,14 +301,16 @@ def curve_errors(ep: Sequence[Any], bptt: Sequence[Any]) -> CurveErrors:
     """Relative RMSE and sign error per layer, as Ernoult et al. (2019, section 4) measure them.
 
     Args:
-        ep: ``ep_state`` or ``ep_params`` of a `GDU`.
+        ep: ``ep_state`` or ``ep_params`` of a `GDU` (without a read-out outside the dynamics, which
+            has no curve).
         bptt: ``bptt_state`` or ``bptt_params`` of the same.
     """
 
     def layer(a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
         x, y = (jnp.concatenate([v.ravel() for v in jax.tree.leaves(t)]) for t in (a, b))
         scale = jnp.maximum(jnp.mean(x**2), jnp.mean(y**2))
-        return jnp.sqrt(jnp.mean((x - y) ** 2) / scale), jnp.mean(x * y < 0)
+        differ, told = jnp.sum(x * y < 0), jnp.sum(x * y != 0)
+        return jnp.sqrt(jnp.mean((x - y) ** 2) / scale), differ / jnp.maximum(told, 1)
 
     found = [layer(a, b) for a, b in zip(ep, bptt, strict=True)]
     return CurveErrors(*(jnp.stack(values) for values in zip(*found, strict=True)))

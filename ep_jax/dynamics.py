@@ -255,7 +255,8 @@ def _sweeps(
                 steps=steps,
                 before=phases.free if nudged else 0,
                 layer=l + 1,
-                unit=error if displaced else error * jnp.abs(units[l]),
+                unit=1.0 if displaced else jnp.abs(units[l]),
+                error=error,
                 fresh=in_place and bool(updated & {l - 1, l + 1}),
                 nudged=nudged,
                 displaced=displaced,
@@ -292,8 +293,15 @@ def _sweeps(
         seen = None
         if trace is not None:
             full = tuple(jnp.broadcast_to(q, s.shape) for q, s in zip(spikes, start, strict=True))
-            packed = (tuple(state.s for state in new), full, tuple(map(signal, new)))
-            seen = trace(Snapshot(t, *(network.unpack(spec, p) for p in packed), residual))
+            seen = trace(
+                Snapshot(
+                    step=t,
+                    state=network.unpack(spec, tuple(state.s for state in new)),
+                    spikes=network.unpack(spec, full),
+                    signals=network.unpack(spec, tuple(map(signal, new))),
+                    residual=residual,
+                )
+            )
         return Carry(t + 1, new, residual, moving, counts), seen
 
     states = [neuron.start(s, i) for s, i in zip(start, start_currents, strict=True)]

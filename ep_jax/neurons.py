@@ -34,16 +34,17 @@ Relax: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array | float], jax.Array
 
 
 class Clock(NamedTuple):
-    """Where a step stands. All but `step` and `unit` are static.
+    """Where a step stands. All but `step`, `unit` and `error` are static.
 
     Attributes:
         step: 0-based number of the sweep within its phase.
         steps: number of sweeps of the phase.
         before: number of sweeps of the phases before this one.
         layer: 1-based number of the layer.
-        unit: size of what is coded in this layer and phase: 1 in the free phase; in a nudged one
-            the output's error ``e = max |dC/ds_L|``, in absolute coordinates times ``|beta|
-            alpha^(L - l)``.
+        unit: scale of the state in this layer and phase: 1 in the free phase and in displacement
+            coordinates, ``|beta| alpha^(L - l)`` in a nudged phase in absolute coordinates.
+        error: in a nudged phase the output's error ``max |dC/ds_L|`` at the free state, else 1:
+            what a nudged phase codes is of the size of ``unit * error``.
         fresh: whether neighbours that this layer listens to were updated in this very sweep.
         nudged: whether this is a nudged phase.
         displaced: whether ``s`` is a displacement, which may have either sign.
@@ -54,6 +55,7 @@ class Clock(NamedTuple):
     before: int
     layer: int
     unit: jax.Array | float
+    error: jax.Array | float
     fresh: bool
     nudged: bool
     displaced: bool
@@ -384,7 +386,7 @@ class SigmaDelta:
             epsilon = _power_law(self.epsilon, self.epsilon_power, self.epsilon_floor, now)
         s = relax(state.s, decoded, epsilon)
         value = state.error + (s - (1.0 - sent) * state.s) / sent
-        quantum = self.nudged_quantum * clock.unit if clock.displaced else 1.0
+        quantum = self.nudged_quantum * clock.error if clock.displaced else 1.0
         quantise = spikes.rounded if clock.displaced else spikes.binary
         count = quantise(value / quantum, self.surrogate)
         error = jnp.clip(value - quantum * count, -0.5 * quantum, 0.5 * quantum)
@@ -430,8 +432,9 @@ class DeltaCode:
     In the free phase the quantum is ``quantum * decay^max(0, t - lag * (l - 1))``: deeper layers
     refine later, since they move later. In the nudged phase it is ``e nudged_quantum *
     nudged_decay^t`` in displacement coordinates, with ``e = max |dC/ds_L|`` the error of the output
-    (one number an example, broadcast), and that times ``|beta| alpha^(L - l)`` in absolute ones. A
-    displacement has either sign, so its code is signed, with leak as well.
+    (one number an example, broadcast), and that times ``|beta| alpha^(L - l)`` in absolute ones.
+    The leak is the quantum without ``e``. A displacement has either sign, so its code is signed,
+    with leak as well.
 
     Attributes:
         quantum: first quantum of the free phase.
@@ -468,12 +471,14 @@ class DeltaCode:
             check_number("DeltaCode.quantum", self.quantum, above=0.0, at_most=1.0)
         check_choice("DeltaCode.surrogate", self.surrogate, spikes.SURROGATES)
 
-    def resolution(self, clock: Clock, dtype: jnp.dtype) -> jax.Array:
-        """The quantum ``delta_t`` of a step."""
+    def resolution(self, clock: Clock, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """The quantum ``delta_t`` and the leak ``l_t`` (where there is one) of a step."""
         t = clock.step.astype(dtype)
         if clock.nudged:
-            return clock.unit * self.nudged_quantum * self.nudged_decay**t
-        return self.quantum * self.decay ** jnp.maximum(t - self.lag * (clock.layer - 1), 0.0)
+            leak = clock.unit * self.nudged_quantum * self.nudged_decay**t
+            return clock.error * leak, leak
+        delta = self.quantum * self.decay ** jnp.maximum(t - self.lag * (clock.layer - 1), 0.0)
+        return delta, delta
 
     def start(self, s: jax.Array, current: jax.Array) -> DeltaCodeState:
         """See `Neuron`."""
@@ -491,8 +496,8 @@ class DeltaCode:
         """See `Neuron`."""
         del key
         s = relax(state.s, current, 1.0)
-        delta = self.resolution(clock, s.dtype)
-        kept = (1.0 - delta) * state.known if self.leak else state.known
+        delta, leak = self.resolution(clock, s.dtype)
+        kept = (1.0 - leak) * state.known if self.leak else state.known
         value = (s - kept) / delta
         quantise = spikes.binary if self.leak and not clock.displaced else spikes.ternary
         count = quantise(value, self.surrogate)
@@ -576,10 +581,10 @@ class Bernoulli:
         s = relax(
             state.s, current, _power_law(self.epsilon, self.epsilon_power, self.epsilon_floor, now)
         )
-        quantum = self.nudged_quantum * clock.unit if clock.displaced else 1.0
+        quantum = self.nudged_quantum * clock.error if clock.displaced else 1.0
         dice = jax.random.uniform(key, s.shape, s.dtype)
-        count = spikes.floored(s / quantum + dice, self.surrogate)
-        count = count if clock.displaced else jnp.clip(count, 0.0, 1.0)
+        quantise = spikes.floored if clock.displaced else spikes.bernoulli
+        count = quantise(s / quantum + dice, self.surrogate)
         mean = _running_mean(state.mean, s, clock, self.average)
         return BernoulliState(s, quantum * count, mean), count
 
@@ -669,7 +674,7 @@ class IntegrateFire:
     ) -> tuple[IntegrateFireState, jax.Array]:
         """See `Neuron`."""
         del key
-        quantum = self.nudged_quantum * clock.unit if clock.displaced else 1.0
+        quantum = self.nudged_quantum * clock.error if clock.displaced else 1.0
         membrane = self.leak * state.membrane + relax(state.s, current, 1.0)
         fire = spikes.rounded if clock.displaced else spikes.fire
         number = fire(membrane / quantum, self.surrogate)

@@ -68,3 +68,6 @@ rounded = _quantiser(jnp.round, lambda v: 0.5 - jnp.abs(v - jnp.round(v)))
 
 floored = _quantiser(jnp.floor, lambda v: v - jnp.round(v))
 """The integer below: of a value plus a uniform random number, an unbiased random rounding."""
+
+bernoulli = _quantiser(lambda v: jnp.clip(jnp.floor(v), 0.0, 1.0), lambda v: v - 1.0)
+"""`floored` in {0, 1}: of a probability plus a uniform random number, a random spike."""

@@ -275,11 +275,6 @@ def test_straight_through_is_the_derivative_of_what_is_told(name: str) -> None:
     assert all(np.linalg.norm(flat(g)) > 1e-3 for g in grads)
 
 
-HALVED = pytest.mark.xfail(
-    reason="Bernoulli clips its count at a tie, which halves the derivative", strict=True
-)
-
-
 @pytest.mark.parametrize(
     "neuron",
     [
@@ -287,7 +282,7 @@ HALVED = pytest.mark.xfail(
         ep.DeltaCode(),
         ep.DeltaCode(leak=True),
         ep.IntegrateFire(),
-        pytest.param(ep.Bernoulli(), marks=HALVED),
+        ep.Bernoulli(),
     ],
     ids=lambda neuron: type(neuron).__name__,
 )
@@ -298,7 +293,7 @@ def test_signal_of_a_neuron_has_the_derivative_of_its_state(neuron: Any) -> None
     it, as the encoder inverts the decoder; the other models send the target itself.
     """
     target = jnp.linspace(0.05, 0.95, 19)
-    now = Clock(jnp.asarray(0), 9, 0, 1, 1.0, fresh=False, nudged=False, displaced=False)
+    now = Clock(jnp.asarray(0), 9, 0, 1, 1.0, 1.0, fresh=False, nudged=False, displaced=False)
 
     def sent(target: jax.Array) -> jax.Array:
         state = neuron.start(jnp.zeros(19), jnp.zeros(19))

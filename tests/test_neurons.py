@@ -25,7 +25,7 @@ signed = st.lists(st.floats(-1, 1), min_size=STEPS, max_size=STEPS).map(np.array
 
 def clock(step: Any = 0, **other: Any) -> Clock:
     settings: dict[str, Any] = {
-        "steps": STEPS, "before": 0, "layer": 1, "unit": 1.0,
+        "steps": STEPS, "before": 0, "layer": 1, "unit": 1.0, "error": 1.0,
         "fresh": False, "nudged": False, "displaced": False,
     }  # fmt: skip
     return Clock(step=jnp.asarray(step), **{**settings, **other})
@@ -332,7 +332,8 @@ class Sender:
             self.phi = np.clip(v - quantum * q, -quantum / 2, quantum / 2)
             self.known = (1 - lam) * self.known + lam * quantum * q
             return q
-        kept = (1 - delta) * self.known if n.leak else self.known
+        leak = delta / error if n.leak else 0.0  # free of the output's error
+        kept = (1 - leak) * self.known
         v = (s - kept) / delta
         q = 1.0 * (v > 0.5) if n.leak and not signed else np.clip(np.round(v), -1, 1)
         self.known = kept + delta * q
