@@ -193,7 +193,7 @@ PRESETS: dict[str, Config] = {
         _MNIST,
         gain=1.0,
         neuron="sigma_delta",
-        sigma_delta=SigmaDelta(nudged_quantum=0.3),
+        sigma_delta=SigmaDelta(lam_power=0.75, nudged_quantum=0.3),
         phases=replace(_PHASES, free=25, nudged=12),
     ),
     "fashion_mnist": replace(_MNIST, dataset="fashion_mnist", shift=0),

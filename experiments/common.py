@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -114,6 +116,30 @@ def agreements(
         found.append(compare(grads, true))
     assert info is not None
     return found, info
+
+
+class Journal:
+    """Rows that are written as they come, one line of JSON each, and not made twice.
+
+    An experiment that was interrupted goes on where it was.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def row(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row with these entries: an old one, or what `make` adds to them."""
+        for old in self.rows:
+            if all(old.get(name) == value for name, value in key.items()):
+                return old
+        row = plain(key | make())
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        return row
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

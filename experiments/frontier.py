@@ -1,12 +1,14 @@
 """The quality of EP's gradient against sweeps, time and spikes.
 
-    python experiments/frontier.py --out results/frontier
-    python experiments/frontier.py --weights pretrained/mnist --out results/frontier
+    python experiments/frontier.py --runs runs/frontier --out results/frontier \\
+        --weights runs/mnist10
+
+--weights adds those of a long training.
 
 Every point is the agreement of one gradient with the exact one (of the rate network with the same
 parameters, at its fixed point, in float64) on batches of MNIST validation images. Weights of each
-feedback strength are trained as rate networks, so that no neuron model is favoured; --weights adds
-those of a long training. The study is docs/studies/frontier.md.
+feedback strength are trained as rate networks, so that no neuron model is favoured. The study is
+docs/studies/frontier.md.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import numpy as np
 import tyro
 from common import (
+    Journal,
     agreements,
     exact_gradients,
     in_float64,
@@ -41,6 +44,8 @@ from ep_jax.data import Dataset, load
 from ep_jax.diagnostics import Agreement
 from ep_jax.presets import PRESETS, spec_of
 from ep_jax.run import provenance
+
+Precision: TypeAlias = Literal["float64", "float32", "bfloat16"]
 
 PRESET = PRESETS["mnist"]
 SWEEPS = ((4, 3), (6, 4), (8, 6), (12, 8), (16, 12), (25, 12), (40, 16))
@@ -82,6 +87,8 @@ SCHEDULES: dict[str, ep.Neuron] = {
 class Arguments:
     """The quality of EP's gradient against sweeps, time and spikes."""
 
+    runs: Path
+    """Folder for trained weights and the rows measured so far: an interrupted command goes on."""
     out: Path
     """Folder for frontier.json and the figures."""
     weights: Path | None = None
@@ -111,31 +118,43 @@ class Subject:
 
 
 def subjects(arguments: Arguments, data: Dataset) -> Iterator[Subject]:
-    """Weights early and late in training for each feedback strength, and those of a long one."""
+    """The weights of a long training, and those early and late for each feedback strength."""
     xs, ys = validation_batches(data, arguments.batches, 64)
-    for feedback in arguments.feedbacks:
-        spec = _spec(feedback, RATE)
-        strong = feedback > PRESET.feedback * 10
-        settled = replace(PRESET.phases, beta=1e-3, free=25 if strong else 12, nudged=16)
-        for age, steps in (("early", arguments.early), ("late", arguments.late)):
-            params, _ = learn(
-                spec,
-                settled,
-                ep.ep_gradient,
-                data,
-                steps=steps,
-                learning_rate=PRESET.learning_rate,
-                weight_decay=PRESET.weight_decay,
-                gain=PRESET.gain,
-            )
-            yield Subject(age, feedback, params, exact_gradients(params, spec, xs, ys), xs, ys)
+
+    def subject(age: str, feedback: float, params: ep.Params) -> Subject:
+        exact = exact_gradients(params, _spec(feedback, RATE), xs, ys)
+        return Subject(age, feedback, params, exact, xs, ys)
+
     if arguments.weights is not None:
         params, spec, _ = ep.load_weights(arguments.weights)
         if spec != _spec(spec.feedback, spec.neuron):
             raise ValueError(f"weights of {arguments.weights} are of another network; expected the "
                              "mnist preset's")  # fmt: skip
-        exact = exact_gradients(params, spec, xs, ys)
-        yield Subject("long", spec.feedback, params, exact, xs, ys)
+        yield subject("long", spec.feedback, params)
+    for feedback in arguments.feedbacks:
+        for age, steps in (("early", arguments.early), ("late", arguments.late)):
+            folder = arguments.runs / f"feedback{feedback:g}-{steps}"
+            if not folder.exists():
+                _train(feedback, steps, data, folder)
+            yield subject(age, feedback, ep.load_weights(folder)[0])
+
+
+def _train(feedback: float, steps: int, data: Dataset, folder: Path) -> None:
+    """Train a rate network and save its weights."""
+    spec = _spec(feedback, RATE)
+    free = 25 if feedback > 0.5 else 12
+    phases = replace(PRESET.phases, beta=1e-3, free=free, nudged=16)
+    params, _ = learn(
+        spec,
+        phases,
+        ep.ep_gradient,
+        data,
+        steps=steps,
+        learning_rate=PRESET.learning_rate,
+        weight_decay=PRESET.weight_decay,
+        gain=PRESET.gain,
+    )
+    ep.save_weights(folder, params, spec, phases)
 
 
 def _spec(feedback: float, neuron: ep.Neuron) -> ep.NetworkSpec:
@@ -152,7 +171,7 @@ def measure(
     subject: Subject,
     neuron: ep.Neuron,
     phases: ep.Phases,
-    precision: Literal["float64", "float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
 ) -> dict[str, Any]:
     """Agreement, spikes and time of one gradient."""
     spec = _spec(subject.feedback, neuron)
@@ -179,57 +198,52 @@ def measure(
         "spikes_nudged_per_layer": np.stack(info.nudged.spikes),
         "residual_free": float(info.free.residual),
         "seconds": statistics.median(times),
-        "age": subject.age,
-        "feedback": subject.feedback,
-        "free": phases.free,
-        "nudged": phases.nudged,
-        "sweep": phases.sweep,
-        "beta": phases.beta,
-        "coordinates": phases.coordinates,
-        "precision": precision,
     }
 
 
-def study(subject: Subject) -> Iterator[dict[str, Any]]:
+def study(subject: Subject, journal: Journal) -> None:
     """All measurements of one subject."""
     base = PRESET.phases
 
-    def show(row: dict[str, Any]) -> dict[str, Any]:
+    def take(
+        part: str,
+        what: str,
+        neuron: ep.Neuron,
+        precision: Precision = "float32",
+        **settings: Any,
+    ) -> None:
+        phases = replace(base, **settings)
+        names = ("free", "nudged", "sweep", "beta", "coordinates")
+        key = {"part": part, "what": what, "age": subject.age, "feedback": subject.feedback}
+        key |= {"precision": precision} | {name: getattr(phases, name) for name in names}
+        row = journal.row(key, lambda: measure(subject, neuron, phases, precision))
+        cosines = np.round(np.nanmean(np.asarray(row["cosine"], float), axis=0), 4)
         print(
-            f"{row['age']:5} alpha {row['feedback']:<4g} {row['what']:44} {row['sweep'][:4]} "
-            f"{row['free']:3}/{row['nudged']:<3} beta {row['beta']:<7g} {row['coordinates'][:4]} "
-            f"{row['precision']:9} cosines {np.round(row['cosine'].mean(0), 4)} "
-            f"total {row['total_cosine'].mean():.4f} norm {row['total_norm_ratio'].mean():.3f} "
-            f"spikes {row['spikes_free']:.2f} + {row['spikes_nudged']:.3f} "
-            f"{1e3 * row['seconds']:.0f} ms",
+            *key.values(),
+            f"cosines {cosines} norm {np.mean(row['total_norm_ratio']):.3f} spikes "
+            f"{row['spikes_free']:.2f} + {row['spikes_nudged']:.3f} {1e3 * row['seconds']:.0f} ms",
             flush=True,
         )
-        return row
 
     for name, neuron in NEURONS.items():
         for free, nudged in SWEEPS:
             if name == "rate" or (free > 8 and subject.age != "early"):
-                row = measure(subject, neuron, replace(base, free=free, nudged=nudged))
-                yield show({"part": "sweeps", "what": name} | row)
+                take("sweeps", name, neuron, free=free, nudged=nudged)
     if subject.age == "early" or subject.feedback not in (PRESET.feedback, 0.1):
         return
     for order in ("synchronous", "ordered"):
         for free, nudged in SWEEPS[:5]:
-            phases = replace(base, free=free, nudged=nudged, sweep=order)
-            yield show({"part": "order", "what": "rate"} | measure(subject, RATE, phases))
+            take("order", "rate", RATE, free=free, nudged=nudged, sweep=order)
     for name, neuron in SCHEDULES.items():
-        delta = name.startswith("delta")
-        phases = base if delta else replace(base, free=20 if "closed" in name else 25)
-        yield show({"part": "schedules", "what": name} | measure(subject, neuron, phases))
+        free = base.free if name.startswith("delta") else 20 if "closed" in name else 25
+        take("schedules", name, neuron, free=free)
     for coordinates in ("absolute", "displacement"):
-        for precision in ("float64", "float32", "bfloat16"):
+        for precision in get_args(Precision):
             for beta in (1e-1, 1e-3, 1e-5):
-                phases = replace(base, free=40, nudged=30, beta=beta, coordinates=coordinates)
-                row = measure(subject, RATE, phases, precision)
-                yield show({"part": "precision", "what": "rate"} | row)
+                settled = {"free": 40, "nudged": 30, "beta": beta, "coordinates": coordinates}
+                take("precision", "rate", RATE, precision, **settled)
     for beta in (0.3, 0.1, 0.03, 0.01):
-        phases = replace(base, beta=beta)
-        yield show({"part": "beta", "what": "delta code"} | measure(subject, DELTA, phases))
+        take("beta", "delta code", DELTA, beta=beta)
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
@@ -325,8 +339,9 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def _miss(row: dict[str, Any]) -> float:
-    """One minus the cosine of the worst layer, mean over batches."""
-    return float(np.max(1 - np.nan_to_num(row["cosine"]).mean(0)))  # no gradient, no agreement
+    """One minus the cosine of the worst layer, mean over batches; no gradient, no agreement."""
+    cosines = np.nan_to_num(np.asarray(row["cosine"], float))
+    return float(np.max(1 - cosines.mean(0)))
 
 
 def main() -> None:
@@ -334,17 +349,20 @@ def main() -> None:
     try:
         arguments = tyro.cli(Arguments, description=__doc__)
         data = load("mnist", data_dir=arguments.data_dir)
-        rows = [row for subject in subjects(arguments, data) for row in study(subject)]
+        journal = Journal(arguments.runs / "frontier.jsonl")
+        for subject in subjects(arguments, data):
+            study(subject, journal)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"frontier.py: error: {error}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    draw(rows, arguments.out)
+    draw(journal.rows, arguments.out)
     statement = dataclasses.asdict(arguments)
-    del statement["out"], statement["data_dir"]
+    del statement["runs"], statement["out"], statement["data_dir"]
     statement["weights"] = None if arguments.weights is None else str(arguments.weights)
     statement["phases"] = to_json(PRESET.phases)
     statement["neurons"] = {name: to_json(n) for name, n in (NEURONS | SCHEDULES).items()}
-    write_json(arguments.out / "frontier.json", statement | {"rows": plain(rows)} | provenance())
+    rows = {"rows": journal.rows}
+    write_json(arguments.out / "frontier.json", plain(statement) | rows | provenance())
     Console().print(f"written to {arguments.out}")
 
 

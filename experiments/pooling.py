@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import STATIC, compare, exact_gradients, interval, learn, plain
+from common import STATIC, Journal, compare, exact_gradients, interval, learn, plain
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -242,6 +242,8 @@ class Gradients:
     favoured.
     """
 
+    runs: Path
+    """Folder for the rows measured so far: an interrupted command goes on."""
     out: Path
     """Folder for gradients.json and the figures."""
     seeds: int = 5
@@ -254,19 +256,30 @@ class Gradients:
     def run(self) -> None:
         """Measure everything, print, draw, write."""
         data = load("mnist", data_dir=self.data_dir)
-        rows = []
+        journal = Journal(self.runs / "gradients.jsonl")
         for feedback, pool, trained in itertools.product((1.0, WEAK), POOLS, (False, True)):
-            cases = [self._case(pool, feedback, trained, seed, data) for seed in range(self.seeds)]
+
+            @functools.cache
+            def cases(
+                pool: Pool = pool, feedback: float = feedback, trained: bool = trained
+            ) -> Any:
+                return [self._case(pool, feedback, trained, s, data) for s in range(self.seeds)]
+
             for code, sweeps in itertools.product(CODES, ("few", "many")):
                 if pool == "avg" and code.endswith("traces"):
                     continue
                 if sweeps == "many" and code in ("rate", "delta code"):
                     continue  # they have settled
-                row = {"feedback": feedback, "pool": pool, "trained": trained}
-                row |= {"neuron": code, "sweeps": sweeps}
-                row |= _measure(self.budget, pool, feedback, code, sweeps, cases)
-                rows.append(row)
+                key = {"feedback": feedback, "pool": pool, "trained": trained}
+                key |= {"neuron": code, "sweeps": sweeps}
+                row = journal.row(
+                    key,
+                    lambda cases=cases, at=(pool, feedback, code, sweeps): _measure(
+                        self.budget, *at, cases()
+                    ),
+                )
                 print(_line(row), flush=True)
+        rows = journal.rows
         self.out.mkdir(parents=True, exist_ok=True)
         statement = {"seeds": self.seeds, "budget": dataclasses.asdict(self.budget)}
         statement |= {"neurons": {name: to_json(neuron) for name, neuron in CODES.items()}}
