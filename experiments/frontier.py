@@ -217,7 +217,7 @@ def study(subject: Subject, journal: Journal) -> None:
         key = {"part": part, "what": what, "age": subject.age, "feedback": subject.feedback}
         key |= {"precision": precision} | {name: getattr(phases, name) for name in names}
         row = journal.row(key, lambda: measure(subject, neuron, phases, precision))
-        cosines = np.round(np.nanmean(np.asarray(row["cosine"], float), axis=0), 4)
+        cosines = np.round(_cosines(row), 4)
         print(
             *key.values(),
             f"cosines {cosines} norm {np.mean(row['total_norm_ratio']):.3f} spikes "
@@ -338,10 +338,14 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out / "spikes_and_precision.png", dpi=150)
 
 
+def _cosines(row: dict[str, Any]) -> np.ndarray:
+    """Cosine of each layer, mean over batches; 0 where the estimate is nothing at all."""
+    return np.nan_to_num(np.asarray(row["cosine"], float)).mean(0)
+
+
 def _miss(row: dict[str, Any]) -> float:
-    """One minus the cosine of the worst layer, mean over batches; no gradient, no agreement."""
-    cosines = np.nan_to_num(np.asarray(row["cosine"], float))
-    return float(np.max(1 - cosines.mean(0)))
+    """One minus the cosine of the worst layer."""
+    return float(np.max(1 - _cosines(row)))
 
 
 def main() -> None:
