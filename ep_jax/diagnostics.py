@@ -22,7 +22,7 @@ from ep_jax.checks import check_integer
 from ep_jax.costs import cost
 from ep_jax.dynamics import PhaseInfo, Phases
 from ep_jax.gradients.batch import check, settle
-from ep_jax.gradients.implicit import implicit_gradient
+from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
 
@@ -231,13 +231,13 @@ def gdu(
         return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), s, seen)
 
     sides = [
-        jax.vmap(lambda x, y, s, key, beta=beta: nudged(x, y, s, key, beta))(
+        jax.vmap(lambda x, y, s, key, beta=beta: nudged(x, y, s, key, beta), out_axes=1)(
             xs, given.ys, start, given.nudged_keys
         )
         for beta in (phases.beta, -phases.beta)
     ]
     ep_state = tuple(
-        jnp.swapaxes(jnp.diff(plus - minus, axis=1), 0, 1) / (2 * phases.beta * spec.weight_of(l))
+        jnp.diff(plus - minus, axis=0) / (2 * phases.beta * spec.weight_of(l))
         for l, (plus, minus) in enumerate(zip(*sides, strict=True))
     )
 
@@ -248,8 +248,7 @@ def gdu(
         return jax.grad(mean_phi)(params)
 
     # One sweep after the other: K + 1 times the parameters, but never their activations as well.
-    by_sweep = [jax.tree.map(lambda s: jnp.swapaxes(s, 0, 1), side) for side in sides]
-    plus, minus = (jax.lax.map(phi_gradient, side) for side in by_sweep)
+    plus, minus = (jax.lax.map(phi_gradient, side) for side in sides)
     ep_params = jax.tree.map(lambda p, m: jnp.diff(p - m, axis=0) / (2 * phases.beta), plus, minus)
     bptt_params, bptt_state = _bptt_by_sweep(params, spec, xs, given.ys, free.state, phases.nudged)
     return GDU(ep_state, bptt_state, ep_params, bptt_params)
@@ -267,7 +266,7 @@ def _bptt_by_sweep(
                 links = network.link(now[0], twin)
                 bumped = links._replace(biases=jax.tree.map(jnp.add, links.biases, now[1]))
                 drive = network.input_drive(twin, bumped, x)
-                return dynamics.base_of(twin, bumped, drive, s).state, None
+                return rate_sweep(twin, bumped, drive, s), None
 
             last = jax.lax.scan(sweep, s, (per_sweep, bumps))[0][-1]
             return cost(twin, network.link(params, twin), last, y)
@@ -398,7 +397,7 @@ def spectral_radius(
         jax.jvp(dynamics.activation_of(spec, l).apply, (i,), (jnp.ones_like(i),))[1]
         for l, i in enumerate(currents)
     )
-    push = jax.linearize(lambda s: dynamics.base_of(spec, links, drive, s).state, packed)[1]
+    push = jax.linearize(lambda s: rate_sweep(spec, links, drive, s), packed)[1]
 
     def norm(v: State) -> jax.Array:
         squares = (

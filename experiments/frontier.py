@@ -13,7 +13,6 @@ docs/studies/frontier.md.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import sys
@@ -161,12 +160,6 @@ def _spec(feedback: float, neuron: ep.Neuron) -> ep.NetworkSpec:
     return replace(spec_of(PRESET, (28, 28, 1), 10), feedback=feedback, neuron=neuron)
 
 
-@contextlib.contextmanager
-def _precision(name: str) -> Iterator[None]:
-    with jax.enable_x64(name == "float64"):
-        yield
-
-
 def measure(
     subject: Subject,
     neuron: ep.Neuron,
@@ -177,7 +170,7 @@ def measure(
     spec = _spec(subject.feedback, neuron)
     if precision == "bfloat16":
         phases = replace(phases, nudged_signals="bfloat16")
-    with _precision(precision):
+    with jax.enable_x64(precision == "float64"):
         cast = in_float64 if precision == "float64" else lambda tree: tree
         params, xs = cast((subject.params, subject.xs))
         gradient = jax.jit(

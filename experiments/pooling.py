@@ -1,6 +1,10 @@
 """Average against max pooling, rate against spiking neurons, EP against BPTT.
 
-python experiments/pooling.py train --out runs/pooling --json results/pooling/training.json
+    python experiments/pooling.py gradients --runs runs/pooling --out results/pooling
+    python experiments/pooling.py train --runs runs/pooling --out results/pooling
+
+The first compares EP's gradients with exact ones and measures what a max pool does to spikes, the
+second trains.
 """
 
 from __future__ import annotations
