@@ -7,8 +7,7 @@
 
 Every point is the agreement of one gradient with the exact one (of the rate network with the same
 parameters, at its fixed point, in float64) on batches of MNIST validation images. Weights of each
-feedback strength are trained as rate networks, so that no neuron model is favoured. The study is
-docs/studies/frontier.md.
+feedback strength are trained as rate networks, so that no neuron model is favoured.
 """
 
 from __future__ import annotations
