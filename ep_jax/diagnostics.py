@@ -10,6 +10,7 @@ All functions are pure and can be jitted with ``spec`` and ``phases`` static, ex
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -361,6 +362,19 @@ def distance_to_rate(
     apart = jnp.stack([rms(a - b) for a, b in zip(free.state, fixed.state, strict=True)])
     size = jnp.stack([rms(b) for b in fixed.state])
     return StateDistance(apart, apart / size, jax.tree.map(jnp.mean, free.info))
+
+
+def spikes_per_neuron(info: PhaseInfo, spec: NetworkSpec) -> float:
+    """Spikes of a phase per neuron, over all layers: layers count as many times as they have units.
+
+    Example:
+        >>> spec = NetworkSpec((3,), (network.Dense(30), network.Dense(10)))
+        >>> info = PhaseInfo(jnp.zeros(()), jnp.zeros(()), (jnp.array(1.0), jnp.array(3.0)))
+        >>> spikes_per_neuron(info, spec)
+        1.5
+    """
+    sizes = [math.prod(shape) for shape in spec.state_shapes]
+    return sum(float(s) * n for s, n in zip(info.spikes, sizes, strict=True)) / sum(sizes)
 
 
 def spectral_radius(

@@ -30,6 +30,7 @@ from rich.table import Column, Table
 from ep_jax import plots, training
 from ep_jax.checkpoint import Checkpoints, save_weights, to_json, write_atomically, write_json
 from ep_jax.data import Dataset, load, to_float
+from ep_jax.diagnostics import spikes_per_neuron
 from ep_jax.dynamics import Phases
 from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec, Params
@@ -254,25 +255,20 @@ def _check_finite(metrics: StepMetrics, epoch: int, before: int) -> None:
     )
 
 
-def _per_neuron(spikes: tuple[Any, ...], spec: NetworkSpec) -> float:
-    sizes = [int(np.prod(shape)) for shape in spec.state_shapes]
-    return float(np.average(spikes, weights=sizes))
-
-
 def _record(mean: StepMetrics, spec: NetworkSpec) -> Record:
     record = {
         "loss": mean.loss,
         "error": mean.error,
         "residual": mean.free.residual,
         "moving": mean.free.moving,
-        "spikes_free": _per_neuron(mean.free.spikes, spec),
+        "spikes_free": spikes_per_neuron(mean.free, spec),
         "spikes_nudged": 0.0,
         "spikes_free_per_layer": list(mean.free.spikes),
         "gradient_norm": list(mean.gradient_norm),
     }
     if mean.nudged is not None:
         record["residual_nudged"] = mean.nudged.residual
-        record["spikes_nudged"] = _per_neuron(mean.nudged.spikes, spec)
+        record["spikes_nudged"] = spikes_per_neuron(mean.nudged, spec)
         record["spikes_nudged_per_layer"] = list(mean.nudged.spikes)
     return record
 

@@ -99,8 +99,8 @@ def agreements(
     ys: np.ndarray,
     exact: Sequence[ep.Params],
     seed: int = 0,
-) -> tuple[list[Agreement], ep.GradientInfo]:
-    """Agreement of each batch, and what the gradient of the last one told about itself.
+) -> tuple[Agreement, ep.GradientInfo]:
+    """Agreement with a leading axis of batches, and what the last gradient told about itself.
 
     Args:
         gradient: ``(params, xs, ys, key) -> (grads, info)``, jitted.
@@ -115,7 +115,7 @@ def agreements(
         grads, info = gradient(params, x, y, jax.random.fold_in(jax.random.key(seed), i))
         found.append(compare(grads, true))
     assert info is not None
-    return found, info
+    return jax.tree.map(lambda *fields: np.stack(fields), *found), info
 
 
 class Journal:

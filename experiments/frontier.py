@@ -39,7 +39,7 @@ from rich.console import Console
 import ep_jax as ep
 from ep_jax.checkpoint import to_json, write_json
 from ep_jax.data import Dataset, load
-from ep_jax.diagnostics import Agreement
+from ep_jax.diagnostics import spikes_per_neuron
 from ep_jax.presets import PRESETS, spec_of
 from ep_jax.run import provenance
 
@@ -181,12 +181,11 @@ def measure(
             began = time.perf_counter()
             jax.block_until_ready(gradient(params, x, y, jax.random.key(0)))
             times.append(time.perf_counter() - began)
-    sizes = [int(np.prod(shape)) for shape in spec.state_shapes]
     assert info.nudged is not None
     return {
-        **{name: np.stack([getattr(a, name) for a in found]) for name in Agreement._fields},
-        "spikes_free": float(np.average(info.free.spikes, weights=sizes)),
-        "spikes_nudged": float(np.average(info.nudged.spikes, weights=sizes)),
+        **found._asdict(),
+        "spikes_free": spikes_per_neuron(info.free, spec),
+        "spikes_nudged": spikes_per_neuron(info.nudged, spec),
         "spikes_nudged_per_layer": np.stack(info.nudged.spikes),
         "residual_free": float(info.free.residual),
         "seconds": statistics.median(times),
@@ -354,7 +353,7 @@ def main() -> None:
     draw(journal.rows, arguments.out)
     statement = dataclasses.asdict(arguments)
     del statement["runs"], statement["out"], statement["data_dir"]
-    statement["weights"] = None if arguments.weights is None else str(arguments.weights)
+    statement["weights"] = None if arguments.weights is None else arguments.weights.name
     statement["phases"] = to_json(PRESET.phases)
     statement["neurons"] = {name: to_json(n) for name, n in (NEURONS | SCHEDULES).items()}
     rows = {"rows": journal.rows}

@@ -124,7 +124,7 @@ def check(arguments: Arguments) -> None:
         )
         found, info = agreements(run, params, xs, ys, exact, arguments.seed)
         results[name] = {
-            **{field: np.stack([getattr(a, field) for a in found]) for field in Agreement._fields},
+            **found._asdict(),
             "spikes_free": np.stack(info.free.spikes),
             "spikes_nudged": np.stack(info.nudged.spikes) if info.nudged else None,
             "residual_free": float(info.free.residual),

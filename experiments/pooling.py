@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,12 +121,11 @@ def train(
 class Training:
     """Train every combination under one budget and tabulate the errors.
 
-    A combination that has a result in the folder is not trained again, so that an interrupted
-    command goes on where it was.
+    A combination that has a row is not trained again.
     """
 
     runs: Path
-    """Folder for the results of single trainings."""
+    """Folder for the rows measured so far: an interrupted command goes on."""
     out: Path
     """Folder for training.json, the table."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -140,25 +138,21 @@ class Training:
     def run(self) -> None:
         """Train what is missing, then tabulate."""
         data = load("mnist", data_dir=self.data_dir)
-        self.runs.mkdir(parents=True, exist_ok=True)
-        for seed, cell in itertools.product(self.seeds, combinations()):
-            file = self._file(cell, seed)
-            if not file.exists():
-                result = self._train(cell, seed, data)
-                write_json(file, result)
-                print(f"{cell.name}, seed {seed}: {result}", flush=True)
+        journal = Journal(self.runs / "training.jsonl")
         rows = []
         for cell in combinations():
-            results = [json.loads(self._file(cell, seed).read_text()) for seed in self.seeds]
-            gathered = {name: [r[name] for r in results] for name in results[0]}
-            rows.append(dataclasses.asdict(cell) | gathered)
+            row = dataclasses.asdict(cell)
+            for seed in self.seeds:
+                key = dataclasses.asdict(cell) | {"seed": seed}
+                found = journal.row(key, lambda at=(cell, seed): self._train(*at, data))
+                print(found, flush=True)
+                for name in found.keys() - key.keys():
+                    row.setdefault(name, []).append(found[name])
+            rows.append(row)
         Console().print(_training_table(rows))
         self.out.mkdir(parents=True, exist_ok=True)
         statement = {"seeds": self.seeds, "budget": dataclasses.asdict(self.budget)} | NAMED
         write_json(self.out / "training.json", statement | {"rows": rows} | provenance())
-
-    def _file(self, cell: Cell, seed: int) -> Path:
-        return self.runs / f"{cell.name}-seed{seed}.json"
 
     def _train(self, cell: Cell, seed: int, data: Dataset) -> dict[str, Any]:
         """Errors in per cent after training; ``None`` where it diverged."""
@@ -183,12 +177,6 @@ class Cell:
     pool: Pool
     gradient: str
     feedback: float
-
-    @property
-    def name(self) -> str:
-        """A name for its folder."""
-        neuron = self.neuron.replace(", ", "_").replace(" ", "_")
-        return f"{neuron}-{self.pool}-{self.gradient}-{self.feedback:g}"
 
 
 def combinations() -> list[Cell]:
