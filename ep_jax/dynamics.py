@@ -22,6 +22,7 @@ exact differences are in `ep_jax.network`.)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -168,6 +169,65 @@ def sweep_order(sweep: str, depth: int, nudged: bool) -> tuple[int, ...]:
     return tuple(reversed(upwards)) if sweep == "ordered" and nudged else tuple(upwards)
 
 
+class Update(NamedTuple):
+    """One layer's turn in a sweep, and which neighbours have something to say to it.
+
+    Attributes:
+        layer: number of the layer, 0-based.
+        below: whether it hears the layer below.
+        above: whether it hears the layer above.
+    """
+
+    layer: int
+    below: bool
+    above: bool
+
+
+OPENING = 2
+"""Most sweeps at the start of a phase that are compiled by themselves, for what they leave out."""
+
+
+def plan(
+    spec: NetworkSpec, phases: Phases, nudged: bool, from_zero: bool = True
+) -> tuple[tuple[Update, ...], ...]:
+    """The updates of the first sweeps of a phase and, last, those of all others.
+
+    A state of zero says nothing, and a displacement of zero stays so until the layer hears another
+    one; products with such signals need not be made. Of twelve free and eight nudged alternating
+    sweeps that is a tenth of all products.
+
+    Args:
+        spec: the network.
+        phases: its phases.
+        nudged: whether it is the nudged phase.
+        from_zero: whether the phase starts from signals of zero.
+
+    Example:
+        >>> spec = NetworkSpec((2,), (network.Dense(2), network.Dense(2)))
+        >>> first, *_ = plan(spec, Phases(sweep="ordered"), nudged=False)
+        >>> first
+        (Update(layer=0, below=False, above=False), Update(layer=1, below=True, above=False))
+    """
+    depth, displaced = spec.depth, nudged and phases.coordinates == "displacement"
+    audible = [not from_zero or (nudged and not displaced)] * depth
+    sweeps: list[tuple[Update, ...]] = []
+    while True:
+        all_speak = all(audible)
+        heard = audible if phases.sweep != "synchronous" else list(audible)
+        updates = []
+        for l in sweep_order(phases.sweep, depth, nudged):
+            below = l > 0 and heard[l - 1]
+            above = l + 1 < depth and heard[l + 1]
+            if l + 1 < depth and displaced and not is_linear(spec.layers[l + 1]):
+                above = above or heard[l]  # a winner that moves is news as well
+            updates.append(Update(l, below, above))
+            audible[l] = audible[l] or not displaced or below or above or l == depth - 1
+        if all_speak or len(sweeps) < OPENING:
+            sweeps.append(tuple(updates))
+        if all_speak:
+            return tuple(sweeps)
+
+
 def activation_of(spec: NetworkSpec, l: int) -> Activation:
     """The activation of layer ``l`` (0-based): an output layer is linear."""
     is_output = l == spec.depth - 1 and spec.cost == "squared_error"
@@ -197,18 +257,34 @@ class Carry(NamedTuple):
     spikes: list[jax.Array]
 
 
+Sweep: TypeAlias = Callable[[Carry, None], tuple[Carry, Any]]
+"""``(carry, None) -> (carry, what the trace saw)``."""
+
+
 class Sweeps(NamedTuple):
-    """A phase that has not run yet: ``jax.lax.scan(sweep, carry, length=length)`` runs it.
+    """A phase that has not run yet.
 
     Attributes:
         carry: what it starts from.
-        sweep: ``(carry, None) -> (carry, what the trace saw)``.
+        opening: its first sweeps, which leave out the products that are zero (`plan`).
+        sweep: any other sweep; it may stand for those of the opening, too.
         length: number of its sweeps.
     """
 
     carry: Carry
-    sweep: Callable[[Carry, None], tuple[Carry, Any]]
+    opening: tuple[Sweep, ...]
+    sweep: Sweep
     length: int
+
+    def run(self) -> tuple[Carry, Any]:
+        """All sweeps; those after the opening in one scan that keeps its carry and nothing else."""
+        carry, seen = self.carry, []
+        opening = self.opening[: self.length]
+        for sweep in opening:
+            carry, now = sweep(carry, None)
+            seen.append(jax.tree.map(lambda a: a[None], now))
+        carry, rest = jax.lax.scan(self.sweep, carry, length=self.length - len(opening))
+        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen, rest)
 
 
 def _sweeps(
@@ -220,7 +296,8 @@ def _sweeps(
     relaxes: tuple[Relax, ...],
     nudged: bool,
     displaced: bool,
-    current: Callable[[int, State], jax.Array],
+    from_zero: bool,
+    current: Callable[[Update, State], jax.Array],
     units: tuple[jax.Array | float, ...],
     error: jax.Array | float,
     key: jax.Array | None,
@@ -229,7 +306,7 @@ def _sweeps(
     """A phase of any kind."""
     neuron, depth = spec.neuron, spec.depth
     steps = phases.nudged if nudged else phases.free
-    order = sweep_order(phases.sweep, depth, nudged)
+    *opening, full = plan(spec, phases, nudged, from_zero)
     in_place = phases.sweep != "synchronous"
     sizes = [s.size for s in start]
     zero = jnp.zeros((), start[-1].real.dtype)
@@ -240,16 +317,19 @@ def _sweeps(
         sent = neuron.signal(state)
         return jax.lax.reduce_precision(sent, 8, 7) if rounded else sent
 
-    def update(states: list[Any], t: jax.Array) -> tuple[list[Any], list[jax.Array]]:
+    def update(
+        states: list[Any], t: jax.Array, updates: tuple[Update, ...]
+    ) -> tuple[list[Any], list[jax.Array]]:
         before = list(map(signal, states))
         new, latest = list(states), list(before)
         spikes = [zero] * depth
         updated: set[int] = set()
-        for l in order:
+        for turn in updates:
+            l = turn.layer
             heard = tuple(latest if in_place else before)
             # The barrier makes the current once; without it XLA repeats the adjoint's sums wherever
             # the neuron model reads it.
-            incoming = jax.lax.optimization_barrier(current(l, heard))
+            incoming = jax.lax.optimization_barrier(current(turn, heard))
             clock = Clock(
                 step=t,
                 steps=steps,
@@ -269,9 +349,9 @@ def _sweeps(
                 spikes[l] = sent
         return new, spikes
 
-    def sweep(carry: Carry, _: None) -> tuple[Carry, Any]:
+    def sweep(updates: tuple[Update, ...], carry: Carry, _: None) -> tuple[Carry, Any]:
         t, states = carry.t, carry.states
-        new, spikes = update(states, t)
+        new, spikes = update(states, t, updates)
 
         def measure() -> tuple[jax.Array, jax.Array]:
             # What is only looked at costs no memory in reverse mode.
@@ -305,13 +385,12 @@ def _sweeps(
         return Carry(t + 1, new, residual, moving, counts), seen
 
     states = [neuron.start(s, i) for s, i in zip(start, start_currents, strict=True)]
-    return Sweeps(Carry(jnp.zeros((), jnp.int32), states, zero, zero, [zero] * depth), sweep, steps)
-
-
-def _run(spec: NetworkSpec, phase: Sweeps) -> tuple[State, PhaseInfo]:
-    """All sweeps of a phase, in one scan that keeps its carry and nothing else."""
-    carry, seen = jax.lax.scan(phase.sweep, phase.carry, length=phase.length)
-    return conclude(spec, carry, seen)
+    return Sweeps(
+        Carry(jnp.zeros((), jnp.int32), states, zero, zero, [zero] * depth),
+        tuple(functools.partial(sweep, updates) for updates in opening),
+        functools.partial(sweep, full),
+        steps,
+    )
 
 
 def conclude(spec: NetworkSpec, carry: Carry, trace: Any = None) -> tuple[State, PhaseInfo]:
@@ -341,6 +420,16 @@ def _absolute(
     return tuple(map(layer, range(spec.depth)))
 
 
+def _current(spec: NetworkSpec, links: Links) -> Callable[[Update, State], jax.Array]:
+    """What a layer receives in absolute coordinates."""
+
+    def current(turn: Update, signals: State) -> jax.Array:
+        gains = (float(turn.below), spec.feedback * turn.above)
+        return network.current(spec, links, turn.layer, signals, *gains)
+
+    return current
+
+
 def free_sweeps(
     spec: NetworkSpec,
     links: Links,
@@ -352,16 +441,19 @@ def free_sweeps(
 ) -> Sweeps:
     """The free phase in working form, not run: packed state, input's drive computed beforehand."""
     zeros = network.pack(spec, tuple(jnp.zeros(s, drive.dtype) for s in spec.state_shapes))
-    gains = (1.0, spec.feedback)
+    start_currents = zeros
+    if start is not None:
+        start_currents = network.currents(spec, links, start, 1.0, spec.feedback)
     return _sweeps(
         spec,
         phases,
         start=zeros if start is None else start,
-        start_currents=zeros if start is None else network.currents(spec, links, start, *gains),
+        start_currents=start_currents,
         relaxes=_absolute(spec, links, drive, None),
         nudged=False,
         displaced=False,
-        current=lambda l, signals: network.current(spec, links, l, signals, *gains),
+        from_zero=start is None,
+        current=_current(spec, links),
         units=(1.0,) * spec.depth,
         error=1.0,
         key=key,
@@ -379,7 +471,8 @@ def settle_free(
     start: State | None = None,
 ) -> tuple[State, PhaseInfo]:
     """`free_phase` in working form."""
-    return _run(spec, free_sweeps(spec, links, drive, phases, key, trace, start))
+    phase = free_sweeps(spec, links, drive, phases, key, trace, start)
+    return conclude(spec, *phase.run())
 
 
 def settle_nudged(
@@ -398,22 +491,22 @@ def settle_nudged(
     def nudge(s: jax.Array) -> jax.Array:
         return -beta * cost_gradient(links, s, y)
 
-    gains = (1.0, spec.feedback)
     phase = _sweeps(
         spec,
         phases,
         start=state,
-        start_currents=network.currents(spec, links, state, *gains),
+        start_currents=network.currents(spec, links, state, 1.0, spec.feedback),
         relaxes=_absolute(spec, links, drive, nudge),
         nudged=True,
         displaced=False,
-        current=lambda l, signals: network.current(spec, links, l, signals, *gains),
+        from_zero=False,
+        current=_current(spec, links),
         units=tuple(beta * spec.weight_of(l) for l in range(spec.depth)),
         error=output_error(links, state[-1], y),
         key=key,
         trace=trace,
     )
-    return _run(spec, phase)
+    return conclude(spec, *phase.run())
 
 
 def output_error(links: Links, last: jax.Array, y: jax.Array) -> jax.Array:
@@ -473,14 +566,15 @@ def settle_displacement(
 
         return step
 
-    def current(l: int, signals: State) -> jax.Array:
+    def current(turn: Update, signals: State) -> jax.Array:
+        l = turn.layer
         total = jnp.zeros_like(signals[l])
-        if l > 0:
+        if turn.below:
             moved = network.drive_difference(
                 spec, links, l, signals[l - 1], base.behind[l], units[l - 1]
             )
             total = total + spec.feedback * moved
-        if l + 1 < spec.depth:
+        if turn.above:
             total = total + network.feedback_difference(
                 spec,
                 links,
@@ -501,13 +595,14 @@ def settle_displacement(
         relaxes=tuple(map(layer, range(spec.depth))),
         nudged=True,
         displaced=True,
+        from_zero=True,
         current=current,
         units=units,
         error=output_error(links, base.state[-1], y),
         key=key,
         trace=trace,
     )
-    return _run(spec, phase)
+    return conclude(spec, *phase.run())
 
 
 def free_phase(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -179,25 +179,13 @@ def kernel(layer: Layer, below: Shape, w: jax.Array) -> jax.Array:
     return folded.reshape(-1, layer.features)
 
 
-def _convolve(packed: jax.Array, window: _Window, matrix: jax.Array) -> jax.Array:
-    """Windows of a packed state times `matrix`: ``[H', W', features]``.
+# Products of the windows of a packed state with a matrix, and back. `_looped` gathers, multiplies
+# and adds one part of the window at a time: that needs the least memory and, on a CPU, no more
+# time. Its derivative is that of `_unrolled`: in reverse mode a loop would keep every part. Other
+# backends have fast convolutions of their own.
 
-    One product for each row of the window, whose columns alone are gathered: that moves and keeps a
-    fraction of the bytes of all the patches, and its transpose is as cheap.
-    """
-    packed = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
-    size, stride = window.size, window.stride
-    height, width = ((n - size) // stride + 1 for n in packed.shape[:2])
-
-    def strided(a: jax.Array, start: int, count: int, axis: int) -> jax.Array:
-        return jax.lax.slice_in_dim(a, start, start + (count - 1) * stride + 1, stride, axis)
-
-    rows = jnp.concatenate([strided(packed, j, width, axis=1) for j in range(size)], axis=-1)
-    products = [
-        strided(rows, i, height, axis=0) @ part
-        for i, part in enumerate(matrix.reshape(size, -1, matrix.shape[-1]))
-    ]
-    return functools.reduce(jnp.add, products)
+WIDE = 64
+"""Channels from which a single position of the window makes a product that is wide enough."""
 
 
 def convolve(layer: Layer, below: Shape, matrix: jax.Array, packed: jax.Array) -> jax.Array:
@@ -211,7 +199,172 @@ def convolve(layer: Layer, below: Shape, matrix: jax.Array, packed: jax.Array) -
     """
     if isinstance(layer, Dense):
         return packed @ matrix
-    return _convolve(packed, _window(layer, below), matrix)
+    return _convolve(_window(layer, below), packed, matrix)
+
+
+def adjoint(layer: Layer, below: Shape, matrix: jax.Array, field: jax.Array) -> jax.Array:
+    """The transpose of `convolve` for a fixed `matrix`: from what it returns to a packed state."""
+    if isinstance(layer, Dense):
+        return field @ matrix.T
+    packed = jax.eval_shape(lambda: pack(layer, below, jnp.zeros(below))).shape
+    return _adjoint(_window(layer, below), packed, field, matrix)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _convolve(window: _Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Windows of a packed state times `matrix`: ``[H', W', features]``."""
+    return jax.lax.platform_dependent(
+        packed,
+        matrix,
+        cpu=functools.partial(_looped, window),
+        default=functools.partial(_native, window),
+    )
+
+
+@_convolve.defjvp
+def _(window: _Window, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return jax.jvp(functools.partial(_differentiable, window), primals, tangents)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _adjoint(window: _Window, shape: Shape, field: jax.Array, matrix: jax.Array) -> jax.Array:
+    """The transpose of `_convolve` with respect to a packed state of a shape."""
+    return jax.lax.platform_dependent(
+        field,
+        matrix,
+        cpu=functools.partial(_looped_adjoint, window, shape),
+        default=functools.partial(_transposed, window, shape, _native),
+    )
+
+
+@_adjoint.defjvp
+def _(window: _Window, shape: Shape, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    transposed = functools.partial(_transposed, window, shape, _differentiable)
+    return jax.jvp(transposed, primals, tangents)
+
+
+def _differentiable(window: _Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(
+        packed,
+        matrix,
+        cpu=functools.partial(_unrolled, window),
+        default=functools.partial(_native, window),
+    )
+
+
+def _transposed(
+    window: _Window, shape: Shape, way: Any, field: jax.Array, matrix: jax.Array
+) -> jax.Array:
+    like = jax.ShapeDtypeStruct(shape, field.dtype)
+    return jax.linear_transpose(lambda packed: way(window, packed, matrix), like)(field)[0]
+
+
+def _sides(window: _Window, shape: Shape) -> tuple[int, int]:
+    """Height and width of what a convolution of a packed state of a shape returns."""
+    padded = [n + sum(window.pad) for n in shape[:2]]
+    height, width = ((n - window.size) // window.stride + 1 for n in padded)
+    return height, width
+
+
+def _native(window: _Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
+    """One convolution."""
+    weights = matrix.reshape(window.size, window.size, packed.shape[-1], -1)
+    return jax.lax.conv_general_dilated(
+        packed[None],
+        weights,
+        (window.stride,) * 2,
+        (window.pad,) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )[0]
+
+
+def _unrolled(window: _Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
+    """One product for each row of the window, whose columns alone are gathered.
+
+    That moves and keeps a fraction of the bytes of all the patches, and its transpose is as cheap.
+    """
+    height, width = _sides(window, packed.shape)
+    packed = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
+    size, stride = window.size, window.stride
+
+    def strided(a: jax.Array, start: int, count: int, axis: int) -> jax.Array:
+        return jax.lax.slice_in_dim(a, start, start + (count - 1) * stride + 1, stride, axis)
+
+    rows = jnp.concatenate([strided(packed, j, width, axis=1) for j in range(size)], axis=-1)
+    products = [
+        strided(rows, i, height, axis=0) @ part
+        for i, part in enumerate(matrix.reshape(size, -1, matrix.shape[-1]))
+    ]
+    return functools.reduce(jnp.add, products)
+
+
+class _Parts(NamedTuple):
+    """A window taken apart: where each part starts, and its share of the matrix.
+
+    Attributes:
+        corners: row and column of each part's first position ``[parts, 2]``.
+        matrices: ``[parts, columns * channels, features]``.
+        columns: positions in a part, side by side: a whole row of the window, or one.
+    """
+
+    corners: jax.Array
+    matrices: jax.Array
+    columns: int
+
+
+def _parts(window: _Window, channels: int, matrix: jax.Array) -> _Parts:
+    columns = 1 if channels >= WIDE else window.size
+    starts = [(i, j) for i in range(window.size) for j in range(0, window.size, columns)]
+    matrices = matrix.reshape(len(starts), columns * channels, -1)
+    return _Parts(jnp.array(starts), matrices, columns)
+
+
+def _looped(window: _Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
+    """One product for each part of the window, one after the other."""
+    height, width = _sides(window, packed.shape)
+    packed = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
+    parts = _parts(window, packed.shape[-1], matrix)
+    spans = [(n - 1) * window.stride + 1 for n in (height, width)]
+
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        corner, weights = part
+        gathered = [
+            jax.lax.dynamic_slice(
+                packed, (corner[0], corner[1] + j, 0), (*spans, packed.shape[-1])
+            )[:: window.stride, :: window.stride]
+            for j in range(parts.columns)
+        ]
+        return total + jnp.concatenate(gathered, axis=-1) @ weights, None
+
+    zero = jnp.zeros((height, width, matrix.shape[-1]), jnp.result_type(packed, matrix))
+    return jax.lax.scan(add, zero, (parts.corners, parts.matrices))[0]
+
+
+def _looped_adjoint(
+    window: _Window, shape: Shape, field: jax.Array, matrix: jax.Array
+) -> jax.Array:
+    """The transpose of `_looped`: each part of the window adds what it has to say."""
+    channels, (before, after) = shape[-1], window.pad
+    parts = _parts(window, channels, matrix)
+    spans = [(n - 1) * window.stride + 1 for n in field.shape[:2]]
+
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        corner, weights = part
+        product = (field @ weights.T).reshape(*field.shape[:2], parts.columns, channels)
+        for j in range(parts.columns):
+            place = (corner[0], corner[1] + j, 0)
+            apart = (0, 0, window.stride - 1)
+            said = jax.lax.pad(
+                product[:, :, j], jnp.zeros((), product.dtype), (apart, apart, (0, 0, 0))
+            )
+            old = jax.lax.dynamic_slice(total, place, (*spans, channels))
+            total = jax.lax.dynamic_update_slice(total, old + said, place)
+        return total, None
+
+    padded = [n + before + after for n in shape[:2]]
+    zero = jnp.zeros((*padded, channels), jnp.result_type(field, matrix))
+    total, _ = jax.lax.scan(add, zero, (parts.corners, parts.matrices))
+    return total[before : before + shape[0], before : before + shape[1]]
 
 
 def pool(layer: Layer, convolved: jax.Array) -> jax.Array:
@@ -220,6 +373,31 @@ def pool(layer: Layer, convolved: jax.Array) -> jax.Array:
         return convolved
     windows = windows_of(convolved)
     return windows.mean((1, 3)) if layer.pool == "avg" else windows.max((1, 3))
+
+
+def unpool(layer: Layer, field: jax.Array, before: jax.Array | None) -> jax.Array:
+    """The transpose of the derivative of `pool` at `before`: to each unit what it passed on.
+
+    Args:
+        layer: the layer.
+        field: a value for each unit after the pool.
+        before: what was pooled; only a max pool asks.
+    """
+    if isinstance(layer, Dense) or layer.pool is None or _folds(layer):
+        return field
+    spread = field[:, None, :, None]
+    if before is None:
+        spread = jnp.broadcast_to(spread / 4, (len(field), 2, field.shape[1], 2, field.shape[2]))
+    else:
+        spread = spread * winners(windows_of(before))
+    height, _, width, _, channels = spread.shape
+    return spread.reshape(2 * height, 2 * width, channels)
+
+
+def winners(windows: jax.Array) -> jax.Array:
+    """One-hot winners of each window; equals share, as in the derivative of a maximum."""
+    won = (windows == windows.max((1, 3), keepdims=True)).astype(windows.dtype)
+    return won / won.sum((1, 3), keepdims=True)
 
 
 def windows_of(convolved: jax.Array) -> jax.Array:

@@ -235,13 +235,12 @@ def feedback(
     It is ``d <A_{l+1}(s_l), s_{l+1}> / d s_l``. Only a max pool depends on `here`: it routes what
     comes from above to the unit that won; the adjoint of an average pool spreads it evenly.
     """
-
-    def up(s: jax.Array) -> jax.Array:
-        return drive(spec, links, l + 1, s)
-
-    if is_linear(spec.layers[l + 1]):
-        return jax.linear_transpose(up, here)(above)[0]
-    return jax.vjp(up, here)[1](above)[0]
+    if l + 2 < spec.depth:
+        above = ops.unpack(spec.layers[l + 2], spec.state_shapes[l + 1], above)
+    layer, below = spec.layers[l + 1], spec.shapes[l + 1]
+    before = None if is_linear(layer) else _convolve(spec, links, l + 1, here)
+    field = ops.unpool(layer, above, before)
+    return ops.adjoint(layer, below, links.matrices[l + 1], field)
 
 
 def is_linear(layer: Layer) -> bool:
@@ -264,12 +263,12 @@ def current(
 ) -> jax.Array:
     """What layer ``l`` receives from its neighbours' packed signals, without input and bias.
 
-    ``from_below * A'_l(m_{l-1}) + from_above * A_{l+1}^T(m_{l+1})``
+    ``from_below * A'_l(m_{l-1}) + from_above * A_{l+1}^T(m_{l+1})``; a factor of 0 costs nothing.
     """
     total = jnp.zeros_like(signals[l])
-    if l > 0:
+    if l > 0 and from_below != 0:
         total = total + from_below * drive(spec, links, l, signals[l - 1])
-    if l + 1 < spec.depth:
+    if l + 1 < spec.depth and from_above != 0:
         total = total + from_above * feedback(spec, links, l, signals[l], signals[l + 1])
     return total
 
@@ -344,10 +343,7 @@ def feedback_difference(
     if behind is None:
         return feedback(spec, links, l, d, moved)
     unit, unit_above = units
-    now = _winners(jnp.sign(unit) * _contest(spec, links, l + 1, d, behind, unit))
-
-    def up(s: jax.Array) -> jax.Array:
-        return _convolve(spec, links, l + 1, s)
+    now = ops.winners(jnp.sign(unit) * _contest(spec, links, l + 1, d, behind, unit))
 
     def spread(packed: jax.Array) -> jax.Array:
         """A packed state of the layer above, one value for each window."""
@@ -355,9 +351,10 @@ def feedback_difference(
             packed = ops.unpack(spec.layers[l + 2], spec.state_shapes[l + 1], packed)
         return packed[:, None, :, None]
 
-    field = now * spread(moved) + (now - _winners(behind)) * spread(base) / unit_above
-    shape = jax.eval_shape(up, d).shape
-    return jax.linear_transpose(up, d)(field.reshape(shape))[0]
+    field = now * spread(moved) + (now - ops.winners(behind)) * spread(base) / unit_above
+    height, _, width, _, channels = field.shape
+    field = field.reshape(2 * height, 2 * width, channels)
+    return ops.adjoint(spec.layers[l + 1], spec.shapes[l + 1], links.matrices[l + 1], field)
 
 
 def _contest(
@@ -370,12 +367,6 @@ def _contest(
 ) -> jax.Array:
     """Who wins in the windows of a max pool, in units of the displacement `d` below it."""
     return ops.windows_of(_convolve(spec, links, l, d)) + behind / unit
-
-
-def _winners(windows: jax.Array) -> jax.Array:
-    """One-hot winners of each window; equals share, as in the derivative of a maximum."""
-    won = (windows == windows.max((1, 3), keepdims=True)).astype(windows.dtype)
-    return won / won.sum((1, 3), keepdims=True)
 
 
 def working_phi(spec: NetworkSpec, links: Links, x: jax.Array, packed: State) -> jax.Array:

@@ -76,7 +76,11 @@ class Neuron(Protocol):
         ...
 
     def start(self, s: jax.Array, current: jax.Array) -> Any:
-        """A state at `s` of which the neighbours are told: `current` is what all of them cause."""
+        """A state at `s` of which the neighbours are told: `current` is what all of them cause.
+
+        Its signal is `s`. One of zero is silent; a displacement (``clock.displaced``) of zero stays
+        so while the current is zero.
+        """
         ...
 
     def step(
@@ -155,8 +159,14 @@ def relax(
     projected gradient step on the energy; smooth ones: ``(1 - epsilon) s + epsilon sigma(drive)``.
     """
     if activation.projection:
-        return activation.apply(s + epsilon * (drive - s))
-    return s + epsilon * (activation.apply(drive) - s)
+        return activation.apply(_towards(s, drive, epsilon))
+    return _towards(s, activation.apply(drive), epsilon)
+
+
+def _towards(old: jax.Array, new: jax.Array, epsilon: jax.Array | float) -> jax.Array:
+    """``(1 - epsilon) old + epsilon new``; a full step does not read `old`."""
+    full = isinstance(epsilon, float) and epsilon == 1.0
+    return new if full else old + epsilon * (new - old)
 
 
 def relax_displacement(
@@ -183,9 +193,9 @@ def relax_displacement(
     """
     if activation.projection:
         beyond = base_drive - activation.apply(base_drive)
-        h = unit * (d + epsilon * (drive - d)) - (1.0 - epsilon) * beyond
+        h = unit * _towards(d, drive, epsilon) - (1.0 - epsilon) * beyond
         return activation.difference(base_drive, h) / unit
-    return d + epsilon * (activation.difference(base_drive, unit * drive) / unit - d)
+    return _towards(d, activation.difference(base_drive, unit * drive) / unit, epsilon)
 
 
 def _power_law(value: float, power: float, floor: float, t: jax.Array) -> jax.Array | float:

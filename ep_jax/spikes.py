@@ -60,7 +60,9 @@ binary = _quantiser(lambda v: (v > 0.5).astype(v.dtype), lambda v: v - 0.5)
 fire = _quantiser(lambda v: (v >= 1.0).astype(v.dtype), lambda v: v - 1.0)
 """``1[v >= 1]``, the threshold of an integrate-and-fire neuron."""
 
-ternary = _quantiser(lambda v: jnp.clip(jnp.round(v), -1.0, 1.0), lambda v: jnp.abs(v) - 0.5)
+ternary = _quantiser(
+    lambda v: (v > 0.5).astype(v.dtype) - (v < -0.5).astype(v.dtype), lambda v: jnp.abs(v) - 0.5
+)
 """``clip(round(v), -1, 1)``."""
 
 rounded = _quantiser(jnp.round, lambda v: 0.5 - jnp.abs(v - jnp.round(v)))

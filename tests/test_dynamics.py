@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
+    affine,
     cosine,
     exact_gradient,
     make_batch,
@@ -23,6 +24,7 @@ from helpers import (
 )
 
 import ep_jax as ep
+from ep_jax import dynamics
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -92,6 +94,74 @@ def test_sweeps_update_layers_in_their_order(sweep: Any) -> None:
 
     ours, expected = both(make_state(spec))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, expected)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize("sweep", ["synchronous", "alternating", "ordered"])
+@pytest.mark.parametrize(
+    "neuron",
+    [
+        ep.Rate(0.8),
+        ep.SigmaDelta(),
+        ep.SigmaDelta(decode="signal"),
+        ep.DeltaCode(),
+        ep.Bernoulli(),
+        ep.IntegrateFire(),
+    ],
+)
+def test_the_opening_leaves_out_zeros_alone(
+    neuron: Any, sweep: Any, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product left out that was not zero; a neuron model that is not silent at rest."""
+    spec = small(neuron, 0.5, (ep.Conv(3, 3, pool), ep.Conv(4, 2, pool), ep.Dense(6), ep.Dense(3)))
+    params, (xs, ys) = make_params(spec), make_batch(spec, 1)
+    plan, lengths = dynamics.plan, []
+
+    def run(opening: bool) -> Any:
+        def patched(spec: Any, phases: Any, nudged: bool, from_zero: bool = True) -> Any:
+            found = plan(spec, phases, nudged, from_zero and opening)
+            lengths.append(len(found))
+            return found
+
+        monkeypatch.setattr(dynamics, "plan", patched)
+        phases = ep.Phases(4, 5, sweep=sweep, coordinates="displacement")
+        key = jax.random.key(3)
+
+        @jax.jit
+        def both() -> Any:
+            state, free = ep.free_phase(params, spec, xs[0], phases, key, lambda now: now.state)
+            nudged, info = ep.nudged_phase(
+                params, spec, xs[0], ys[0], state, 0.3, phases, key, lambda now: now.state
+            )
+            return state, free, nudged, info
+
+        return both()
+
+    with_opening, without = run(True), run(False)
+    assert max(lengths[:2]) > 1
+    assert lengths[2:] == [1, 1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), with_opening, without)
+
+
+def test_a_first_ordered_sweep_is_the_feed_forward_pass() -> None:
+    """From zero, bottom-up: nobody has heard of the layer above; its reverse mode is backprop."""
+    spec = small(ep.Rate(), 0.7)
+    params, (xs, ys) = make_params(spec), make_batch(spec, 3)
+
+    def answer(params: Any, x: Any) -> Any:
+        for l, (layer, p) in enumerate(zip(spec.layers, params, strict=True)):
+            x = affine(layer, p, x)
+            x = x if l == spec.depth - 1 else clip(x)
+        return x
+
+    def cost(params: Any) -> Any:
+        answers = jax.vmap(lambda x: answer(params, x))(xs)
+        return 0.5 * jnp.mean(jnp.sum((answers - one_hot(spec, ys)) ** 2, -1))
+
+    grads, info = ep.bptt_gradient(params, spec, xs, ys, ep.Phases(free=1, sweep="ordered"))
+    np.testing.assert_allclose(info.cost, cost(params), rtol=1e-12)
+    expected = jax.grad(cost)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)
 
 
 @pytest.mark.parametrize(

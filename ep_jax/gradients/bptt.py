@@ -98,25 +98,24 @@ def _settle(
 ) -> tuple[State, PhaseInfo]:
     """The free phase, of which the last `tracked` sweeps can be differentiated."""
     phase = dynamics.free_sweeps(spec, links, drive, phases, key)
-    carry = phase.carry
     if tracked < phase.length:
         fixed = dynamics.free_sweeps(
             spec, *jax.lax.stop_gradient((links, drive)), phases=phases, key=key
         )
-        carry, _ = jax.lax.scan(fixed.sweep, carry, length=phase.length - tracked)
-    run = _run_in_segments if remat else _run
-    return dynamics.conclude(spec, run(phase, carry, tracked))
+        carry, _ = fixed._replace(length=phase.length - tracked).run()
+        phase = phase._replace(carry=carry, opening=(), length=tracked)
+    return dynamics.conclude(spec, _in_segments(phase) if remat else phase.run()[0])
 
 
-def _run(phase: Sweeps, carry: Carry, count: int) -> Carry:
-    return jax.lax.scan(phase.sweep, carry, length=count)[0]
+def _in_segments(phase: Sweeps) -> Carry:
+    """``phase.run`` that remembers the carry of every ``sqrt(length)``-th sweep alone."""
 
+    def run(carry: Carry, count: int) -> Carry:
+        return phase._replace(carry=carry, opening=(), length=count).run()[0]
 
-def _run_in_segments(phase: Sweeps, carry: Carry, count: int) -> Carry:
-    """`_run` that remembers the carry between segments of about ``sqrt(count)`` sweeps only."""
-    length = math.isqrt(count)
-    segments, rest = divmod(count, length)
+    length = math.isqrt(phase.length)
+    segments, rest = divmod(phase.length, length)
     # Inside a scan nothing can merge the second forward pass with the first.
-    segment = jax.checkpoint(lambda carry: _run(phase, carry, length), prevent_cse=False)
-    carry, _ = jax.lax.scan(lambda carry, _: (segment(carry), None), carry, length=segments)
-    return jax.checkpoint(lambda carry: _run(phase, carry, rest))(carry) if rest else carry
+    segment = jax.checkpoint(lambda carry: run(carry, length), prevent_cse=False)
+    carry, _ = jax.lax.scan(lambda carry, _: (segment(carry), None), phase.carry, length=segments)
+    return jax.checkpoint(lambda carry: run(carry, rest))(carry) if rest else carry

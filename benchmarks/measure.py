@@ -1,0 +1,237 @@
+"""What the benchmarks share: the network, the methods, times, memory, operations."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ep_jax as ep
+from ep_jax import dynamics, network
+from ep_jax.gradients.equilibrium import nudges
+from ep_jax.layers import Layer
+from ep_jax.presets import PRESETS, spec_of
+
+SHAPE = (28, 28, 1)
+LAYERS = (ep.Conv(32, 5), ep.Conv(64, 5), ep.Dense(128), ep.Dense(10))
+RATE = ep.NetworkSpec(SHAPE, LAYERS, ep.Rate())
+"""The textbook's network: rate neurons, feedback 1."""
+TEXTBOOK = ep.Phases(free=50, nudged=10, beta=0.1)
+"""The textbook's phases: synchronous, absolute, symmetric."""
+PRESET = PRESETS["mnist"]
+SPIKING = spec_of(PRESET, SHAPE, 10)
+
+Gradient = Callable[..., Any]
+
+truncated = functools.partial(ep.bptt_gradient, tracked=10)
+rematerialised = functools.partial(ep.bptt_gradient, remat=True)
+
+
+def jitted(gradient: Gradient) -> Any:
+    """A gradient of the library, ready to be called or lowered."""
+    return jax.jit(gradient, static_argnames=("spec", "phases"))
+
+
+class Problem(NamedTuple):
+    """Parameters and a batch."""
+
+    params: ep.Params
+    xs: jax.Array
+    ys: jax.Array
+
+
+def deep(convolutions: int, neuron: ep.Neuron, feedback: float) -> ep.NetworkSpec:
+    """3x3 convolutions of 16 channels, pools after the first two, two dense layers on top."""
+    layers = (
+        *(ep.Conv(16, 3, "avg" if i < 2 else None, padding="SAME") for i in range(convolutions)),
+        ep.Dense(64),
+        ep.Dense(10),
+    )
+    return ep.NetworkSpec(SHAPE, layers, neuron, feedback=feedback)
+
+
+def network_at(
+    point: Mapping[str, Any], neuron: ep.Neuron, feedback: float = PRESET.feedback
+) -> ep.NetworkSpec:
+    """The network of a point of a scaling axis.
+
+    Along ``depth`` it is `deep`; elsewhere the MNIST network, ``width`` times as wide.
+    """
+    if point["axis"] == "depth":
+        return deep(point["convolutions"], neuron, feedback)
+    width = point["width"]
+    wide = (replace(layer, features=int(width * layer.features)) for layer in LAYERS[:-1])
+    return ep.NetworkSpec(SHAPE, (*wide, LAYERS[-1]), neuron, feedback=feedback)
+
+
+def problem(spec: ep.NetworkSpec, batch: int, seed: int = 0) -> Problem:
+    """Random parameters of `spec` and a random batch."""
+    keys = jax.random.split(jax.random.key(seed))
+    xs = jax.random.uniform(keys[1], (batch, *spec.input_shape))
+    return Problem(ep.init_params(keys[0], spec), xs, jnp.arange(batch) % spec.classes)
+
+
+# Time.
+
+
+class Timing(NamedTuple):
+    """Seconds of a call: median, and the quartiles of the calls."""
+
+    seconds: float
+    low: float
+    high: float
+
+
+def timings(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2
+) -> dict[str, Timing]:
+    """Time of each call, results awaited.
+
+    The calls take turns, so that a machine that slows down slows all of them down: ratios hold.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warmup + repeats):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            if i >= warmup:
+                times[name].append(time.perf_counter() - began)
+    return {
+        name: Timing(statistics.median(t), *map(float, np.quantile(t, (0.25, 0.75))))
+        for name, t in times.items()
+    }
+
+
+def compiled(function: Any, *args: Any) -> tuple[Any, float]:
+    """A jitted function compiled for its arguments, and the seconds that took."""
+    began = time.perf_counter()
+    made = function.lower(*args).compile()
+    return made, time.perf_counter() - began
+
+
+def matmul_call(size: int = 2048) -> Callable[[], Any]:
+    """A large float32 product, of ``2 size^3`` operations, in the precision of the library's."""
+    a = jnp.ones((size, size))
+    multiply = jax.jit(jnp.dot)
+    return lambda: multiply(a, a)
+
+
+def matmul_rate(timing: Timing, size: int = 2048) -> float:
+    """Operations per second of `matmul_call`."""
+    return 2 * size**3 / timing.seconds
+
+
+# Memory.
+
+
+def memory(executable: Any) -> dict[str, int | None]:
+    """Bytes of temporaries, arguments and results that the compiler reserved."""
+    analysis = executable.memory_analysis()
+    fields = {"temporary": "temp", "arguments": "argument", "results": "output"}
+    return {
+        name: None if analysis is None else int(getattr(analysis, f"{field}_size_in_bytes"))
+        for name, field in fields.items()
+    }
+
+
+def device_peak() -> int | None:
+    """Most bytes the device has held so far in this process, where it tells."""
+    told = jax.local_devices()[0].memory_stats()
+    return None if told is None else told.get("peak_bytes_in_use")
+
+
+def lower_bound(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:
+    """Bytes EP cannot do without: parameters, the input's drive, the live copies of the state.
+
+    Live in the nudged phases are what the neurons carry, for each nudge; and what the contrast
+    needs of the free phase: in displacement coordinates its state and currents, in absolute ones
+    its state, unless it cancels.
+    """
+    params = jax.eval_shape(lambda: ep.init_params(jax.random.key(0), spec))
+    state = [jax.ShapeDtypeStruct(s, jnp.float32) for s in spec.state_shapes]
+    carried = [jax.eval_shape(spec.neuron.start, s, s) for s in state]
+    key = jax.random.key(0)
+    betas = jax.eval_shape(lambda: nudges(phases, 1, jnp.dtype("float32"), key).betas)
+    points = len(betas) * (betas.dtype.itemsize // 4)
+    if phases.coordinates == "displacement":
+        kept = 2
+    else:
+        kept = 0 if phases.estimator in ("symmetric", "holomorphic") else 1
+    an_example = points * _bytes(carried) + kept * _bytes(state) + _bytes(state[0])
+    return _bytes(params) + batch * an_example
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+# Operations: multiplications and additions of the products with the weights.
+
+
+def products(spec: ep.NetworkSpec) -> list[int]:
+    """Operations of one drive of each layer, of one example; its adjoint has as many."""
+    links = jax.eval_shape(lambda: network.link(ep.init_params(jax.random.key(0), spec), spec))
+    return [
+        2 * _places(layer, shape) * math.prod(matrix.shape)
+        for layer, shape, matrix in zip(spec.layers, spec.state_shapes, links.matrices, strict=True)
+    ]
+
+
+def _places(layer: Layer, shape: tuple[int, ...]) -> int:
+    """Positions at which a layer's matrix is applied: those before a pool that is not folded."""
+    pooled = isinstance(layer, ep.Conv) and layer.pool is not None
+    unfolded = pooled and not (layer.pool == "avg" and layer.fold)
+    return math.prod(shape[:-1]) * (4 if unfolded else 1)
+
+
+def phase_operations(
+    spec: ep.NetworkSpec, phases: ep.Phases, *, nudged: bool = False, sweeps: int | None = None
+) -> int:
+    """Operations of a phase of one example; products with what is known to be zero are not made."""
+    cost = products(spec)
+    sweeps = (phases.nudged if nudged else phases.free) if sweeps is None else sweeps
+    plan = dynamics.plan(spec, phases, nudged)
+    total = 0
+    for i in range(sweeps):
+        for l, below, above in plan[min(i, len(plan) - 1)]:
+            total += below * cost[l] + (above * cost[l + 1] if above else 0)
+    return total
+
+
+def ep_operations(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:
+    """Operations of `ep_jax.ep_gradient`: input, phases, currents at rest, weight gradients."""
+    cost = products(spec)
+    key = jax.random.key(0)
+    points = len(nudges(phases, 1, jnp.dtype("float32"), key).betas)
+    free = phase_operations(spec, phases)
+    nudged = points * phase_operations(spec, phases, nudged=True)
+    weights = points * sum(cost)
+    if phases.coordinates == "displacement":
+        return batch * (cost[0] + free + 2 * sum(cost[1:]) + nudged + weights + sum(cost[1:]))
+    lone = phases.estimator not in ("symmetric", "holomorphic")
+    return batch * (cost[0] + free + nudged + weights + (sum(cost) if lone else 0))
+
+
+def bptt_operations(
+    spec: ep.NetworkSpec, phases: ep.Phases, batch: int, tracked: int | None = None
+) -> int:
+    """Operations of `ep_jax.bptt_gradient`: each tracked product has two in reverse mode."""
+    cost = products(spec)
+    tracked = phases.free if tracked is None else tracked
+    free = phase_operations(spec, phases)
+    before = phase_operations(spec, phases, sweeps=phases.free - tracked)
+    return batch * (2 * cost[0] + free + 2 * (free - before))
+
+
+def feedforward_operations(spec: ep.NetworkSpec, batch: int) -> int:
+    """Operations of feed-forward backprop: forward, weight gradients, adjoints."""
+    cost = products(spec)
+    return batch * (2 * sum(cost) + sum(cost[1:]))

@@ -1,0 +1,290 @@
+"""Time of a gradient and of a training step: EP against BPTT, backprop and PyTorch.
+
+    python benchmarks/speed.py --out runs/speed
+
+Network 32C5-P2-64C5-P2-FC128-FC10 on 28 x 28 inputs. Compile time is apart; times are medians of
+calls that take turns and wait for their results. Operations are the multiplications and additions
+of the products that are made, counted from the specification; their rate is compared with that of
+a large float32 product in the same run.
+
+PyTorch (``pip install -e '.[peer]'``) is timed where it is installed: EP and truncated BPTT of the
+same network, phases and parameters, whose gradients are held against ours before the clock starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from feedforward import feedforward_gradient
+from matplotlib.figure import Figure
+from measure import (
+    LAYERS,
+    PRESET,
+    RATE,
+    SPIKING,
+    TEXTBOOK,
+    Gradient,
+    Timing,
+    bptt_operations,
+    compiled,
+    ep_operations,
+    feedforward_operations,
+    jitted,
+    matmul_call,
+    matmul_rate,
+    problem,
+    rematerialised,
+    timings,
+    truncated,
+)
+from rich.console import Console
+from rich.table import Table
+
+import ep_jax as ep
+from ep_jax import training
+from ep_jax.checkpoint import write_json
+from ep_jax.presets import PRESETS, spec_of
+from ep_jax.run import provenance
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time of a gradient and of a training step."""
+
+    out: Path
+    """Folder for speed.json and speed.png."""
+    batch: int = 64
+    """Images in a batch."""
+    repeats: int = 15
+    """Timed calls of each case."""
+    quick: bool = False
+    """A look: 3 calls, and only the main cases."""
+
+
+class Case(NamedTuple):
+    """A gradient to time, with the operations it needs."""
+
+    gradient: Gradient
+    spec: ep.NetworkSpec
+    phases: ep.Phases
+    operations: int
+
+
+def gradients(batch: int, quick: bool) -> dict[str, Case]:
+    """Gradients of the textbook's network and phases, and of the spiking preset."""
+    plain = tuple(replace(c, fold=False) if isinstance(c, ep.Conv) else c for c in LAYERS)
+    unfolded = replace(RATE, layers=plain)
+    code = PRESET.phases
+    tracked = bptt_operations(RATE, TEXTBOOK, batch, 10)
+    full = bptt_operations(RATE, TEXTBOOK, batch)
+    cases = {
+        "EP": Case(ep.ep_gradient, RATE, TEXTBOOK, ep_operations(RATE, TEXTBOOK, batch)),
+        "BPTT, 10 tracked": Case(truncated, RATE, TEXTBOOK, tracked),
+        "spiking EP (preset mnist)": Case(
+            ep.ep_gradient, SPIKING, code, ep_operations(SPIKING, code, batch)
+        ),
+    }
+    if quick:
+        return cases
+    return cases | {
+        "EP, pool not folded": Case(
+            ep.ep_gradient, unfolded, TEXTBOOK, ep_operations(unfolded, TEXTBOOK, batch)
+        ),
+        "BPTT": Case(ep.bptt_gradient, RATE, TEXTBOOK, full),
+        # Once more forward, less the products with zeros that only the first pass leaves out.
+        "BPTT, rematerialised": Case(rematerialised, RATE, TEXTBOOK, full * 4 // 3),
+        "implicit": Case(
+            ep.implicit_gradient, RATE, TEXTBOOK, bptt_operations(RATE, TEXTBOOK, batch, 10)
+        ),
+        "spiking BPTT (free phase of preset mnist)": Case(
+            ep.bptt_gradient, SPIKING, code, bptt_operations(SPIKING, code, batch)
+        ),
+    }
+
+
+def steps(batch: int) -> dict[str, Case]:
+    """Training steps to hold against feed-forward backprop of the same layers."""
+    rate = PRESETS["mnist_rate"]
+    cases = {
+        "feed-forward backprop": Case(
+            feedforward_gradient, RATE, TEXTBOOK, feedforward_operations(RATE, batch)
+        )
+    }
+    for name, preset in {
+        "rate EP (preset mnist_rate)": rate,
+        "spiking EP (preset mnist)": PRESET,
+    }.items():
+        spec = spec_of(preset, RATE.input_shape, 10)
+        cases[name] = Case(
+            ep.ep_gradient, spec, preset.phases, ep_operations(spec, preset.phases, batch)
+        )
+    return cases
+
+
+def prepare(case: Case, batch: int) -> tuple[Callable[[], Any], float]:
+    """A call of a compiled gradient, and the seconds of its compilation."""
+    params, xs, ys = problem(case.spec, batch)
+    made, took = compiled(jitted(case.gradient), params, case.spec, xs, ys, case.phases)
+    return lambda: made(params, xs, ys), took
+
+
+STEPS = 10
+
+
+def prepare_step(case: Case, batch: int) -> tuple[Callable[[], Any], float]:
+    """A call of a dispatch of training steps: gather, augment, gradient, AdamW."""
+    optimizer = training.make_optimizer(
+        PRESET.learning_rate, 1000, layer_rates=(1.0,) * len(LAYERS), weight_decay=0.05
+    )
+    run = training.make_train_steps(
+        case.spec, case.phases, optimizer, shift=PRESET.shift, gradient=case.gradient
+    )
+    state = training.init_train_state(jax.random.key(0), case.spec, optimizer, PRESET.gain)
+    keys = jax.random.split(jax.random.key(1))
+    images = jax.random.randint(keys[0], (2048, *case.spec.input_shape), 0, 256).astype(jnp.uint8)
+    labels = jnp.arange(2048, dtype=jnp.int32) % 10
+    batches = jax.random.randint(keys[1], (STEPS, batch), 0, 2048)
+    made, took = compiled(jax.jit(run), state, images, labels, batches, keys[0])
+    return lambda: made(state, images, labels, batches, keys[0]), took
+
+
+def peer_calls(batch: int) -> dict[str, Callable[[], Any]]:
+    """PyTorch's gradients, equal to ours; empty where it is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    import peer
+
+    params, xs, ys = problem(RATE, batch)
+    theirs = peer.Peer(params, RATE, xs, ys)
+    for ours, other in (
+        (ep.ep_gradient, theirs.ep_gradient(TEXTBOOK)),
+        (truncated, theirs.bptt_gradient(TEXTBOOK, 10)),
+    ):
+        grads, _ = jitted(ours)(params, RATE, xs, ys, TEXTBOOK)
+        peer.check_equal(grads, theirs.as_params(other))
+    return peer.calls(params, RATE, xs, ys, TEXTBOOK)
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Measure everything, write it, return it."""
+    batch, repeats = arguments.batch, 3 if arguments.quick else arguments.repeats
+    peers = peer_calls(batch)
+    calls, rows = {"matmul": matmul_call()}, {}
+    for part, cases, make, many in (
+        ("gradient", gradients(batch, arguments.quick), prepare, 1),
+        ("training step", steps(batch), prepare_step, STEPS),
+    ):
+        for name, case in cases.items():
+            call, took = make(case, batch)
+            calls[f"{part}: {name}"] = call
+            rows[f"{part}: {name}"] = {
+                "part": part,
+                "name": name,
+                "compile_seconds": took,
+                "operations": case.operations,
+                "per_call": many,
+                "sweeps": f"{case.phases.free}/{case.phases.nudged}",
+            }
+    calls |= {f"gradient: {name}": call for name, call in peers.items()}
+    rows |= {f"gradient: {name}": {"part": "gradient", "name": name} for name in peers}
+    measured = timings(calls, repeats)
+    rate = matmul_rate(measured.pop("matmul"))
+    for name, timing in measured.items():
+        rows[name] |= scaled(timing, rows[name].pop("per_call", 1))
+        if "operations" in rows[name]:
+            achieved = rows[name]["operations"] / rows[name]["seconds"]
+            rows[name]["of_matmul"] = achieved / rate
+    found = {
+        "batch": batch,
+        "matmul_rate": rate,
+        "rows": list(rows.values()),
+        "ratios": ratios(rows),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "speed.json", found | provenance())
+    draw(found).savefig(arguments.out / "speed.png", dpi=150)
+    return found
+
+
+def scaled(timing: Timing, many: int) -> dict[str, float]:
+    """The time of one of `many` that a call makes."""
+    return {name: value / many for name, value in timing._asdict().items()}
+
+
+def ratios(rows: dict[str, Any]) -> dict[str, float | None]:
+    """The ratios that matter, from one run."""
+
+    def ratio(above: str, below: str) -> float | None:
+        if above not in rows or below not in rows:
+            return None
+        return rows[above]["seconds"] / rows[below]["seconds"]
+
+    backprop = "training step: feed-forward backprop"
+    return {
+        "PyTorch EP / EP": ratio("gradient: PyTorch, EP", "gradient: EP"),
+        "BPTT / PyTorch BPTT, 10 tracked": ratio(
+            "gradient: BPTT, 10 tracked", "gradient: PyTorch, BPTT, 10 tracked"
+        ),
+        "not folded / folded": ratio("gradient: EP, pool not folded", "gradient: EP"),
+        "rate EP / backprop": ratio("training step: rate EP (preset mnist_rate)", backprop),
+        "spiking EP / backprop": ratio("training step: spiking EP (preset mnist)", backprop),
+    }
+
+
+def table(found: dict[str, Any]) -> Table:
+    """What a reader wants to see."""
+    title = f"batch {found['batch']}; matmul {found['matmul_rate'] / 1e9:.0f} GFLOP/s"
+    made = Table(title=title)
+    for column in ("", "", "sweeps", "ms", "quartiles", "GFLOP", "of matmul", "compile s"):
+        made.add_column(column, justify="right" if column else "left")
+    for row in found["rows"]:
+        counted = "operations" in row
+        made.add_row(
+            row["part"],
+            row["name"],
+            row.get("sweeps", "50/10"),
+            f"{1e3 * row['seconds']:.1f}",
+            f"{1e3 * row['low']:.1f}-{1e3 * row['high']:.1f}",
+            f"{row['operations'] / 1e9:.1f}" if counted else "",
+            f"{row['of_matmul']:.0%}" if counted else "",
+            f"{row['compile_seconds']:.1f}" if counted else "",
+        )
+    return made
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    """Bars, on a logarithmic axis."""
+    rows = found["rows"][::-1]
+    figure = Figure(figsize=(8, 0.35 * len(rows) + 1), layout="constrained")
+    axis = figure.subplots()
+    colours = {"gradient": "tab:blue", "training step": "tab:orange"}
+    axis.barh(
+        [f"{r['part']}: {r['name']}" for r in rows],
+        [1e3 * r["seconds"] for r in rows],
+        color=[colours[r["part"]] for r in rows],
+    )
+    axis.set(xlabel=f"ms, batch {found['batch']}", xscale="log")
+    axis.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def main() -> None:
+    """Measure, print, write."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    found = run(arguments)
+    console = Console()
+    console.print(table(found))
+    for name, value in found["ratios"].items():
+        if value is not None:
+            console.print(f"{name}: {value:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Seconds, epochs, operations and spikes until the validation error stays below a target.
+
+    python benchmarks/time_to_accuracy.py --out runs/time_to_accuracy
+
+Below 1 % on MNIST (9 % on FashionMNIST). Every method trains from scratch with AdamW and a cosine
+schedule over its own number of epochs. The validation error is taken after every dispatch, outside
+the clock; compile time is apart. "Stays" means: below at that evaluation and at all later ones of
+the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from feedforward import feedforward_gradient
+from matplotlib.figure import Figure
+from measure import TEXTBOOK, Gradient, compiled, ep_operations, feedforward_operations
+from rich.console import Console
+from rich.table import Table
+
+import ep_jax as ep
+from ep_jax import training
+from ep_jax.checkpoint import write_json
+from ep_jax.data import Dataset, load
+from ep_jax.presets import PRESETS, Config, spec_of
+from ep_jax.run import provenance
+
+TARGETS = {"mnist": 1.0, "fashion_mnist": 9.0}
+"""Per cent of the validation images."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time until the validation error stays below a target."""
+
+    out: Path
+    """Folder for time_to_accuracy.json and the figure."""
+    datasets: tuple[str, ...] = ("mnist", "fashion_mnist")
+    """mnist, fashion_mnist."""
+    quick: bool = False
+    """A look: a fifth of an epoch of each method, on MNIST."""
+    seed: int = 0
+    """Seed of weights, order of the images and augmentation."""
+    data_dir: str | None = None
+    """Where the data lie; by default TFDS_DATA_DIR."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method and its budget."""
+
+    config: Config
+    gradient: Gradient
+    operations: Callable[[ep.NetworkSpec, ep.Phases, int], int]
+    answer: ep.Phases
+    """How it answers: sweeps of the evaluation."""
+
+
+def contestants(dataset: str) -> dict[str, Contestant]:
+    """The spiking and the rate preset, the published schedule, and feed-forward backprop."""
+    epochs = 3 if dataset == "mnist" else 10
+    spiking = replace(PRESETS[dataset], epochs=epochs)
+    rate = replace(PRESETS[f"{dataset}_rate"], epochs=epochs)
+    textbook = replace(rate, feedback=1.0, phases=TEXTBOOK, epochs=3)
+    once = ep.Phases(free=1, sweep="ordered")
+    return {
+        "spiking EP (preset)": Contestant(spiking, ep.ep_gradient, ep_operations, spiking.phases),
+        "rate EP (preset)": Contestant(rate, ep.ep_gradient, ep_operations, rate.phases),
+        "rate EP, feedback 1, T = 50/10": Contestant(
+            textbook, ep.ep_gradient, ep_operations, TEXTBOOK
+        ),
+        "feed-forward backprop": Contestant(
+            rate,
+            feedforward_gradient,
+            lambda spec, phases, batch: feedforward_operations(spec, batch),
+            once,
+        ),
+    }
+
+
+def race(
+    contestant: Contestant, data: Dataset, seed: int, most_steps: int | None
+) -> dict[str, Any]:
+    """The curve of one training: seconds, validation error, operations and spikes so far."""
+    config = contestant.config
+    spec = spec_of(config, data.train_images.shape[1:], data.classes)
+    rng = np.random.default_rng(seed)
+    plan = [
+        training.epoch_batches(rng, len(data.train_images), config.batch, config.steps_per_dispatch)
+        for _ in range(config.epochs)
+    ]
+    dispatches = np.concatenate(plan)
+    total = dispatches.shape[0] * dispatches.shape[1]
+    optimizer = training.make_optimizer(
+        config.learning_rate,
+        total,
+        layer_rates=(1.0,) * len(spec.layers),
+        weight_decay=config.weight_decay,
+    )
+    keys = jax.random.split(jax.random.key(seed))
+    state = training.init_train_state(keys[0], spec, optimizer, config.gain)
+    steps = training.make_train_steps(
+        spec,
+        config.phases,
+        optimizer,
+        shift=config.shift,
+        flip=config.flip,
+        gradient=contestant.gradient,
+    )
+    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    made, compile_seconds = compiled(
+        jax.jit(steps, donate_argnums=0), state, images, labels, jnp.asarray(dispatches[0]), keys[1]
+    )
+    units = [int(np.prod(shape)) for shape in spec.state_shapes]
+    operations = contestant.operations(spec, config.phases, config.batch)
+    seconds, spikes, curve = 0.0, 0.0, []
+    for i, batches in enumerate(dispatches, start=1):
+        began = time.perf_counter()
+        state, metrics = jax.block_until_ready(
+            made(state, images, labels, jnp.asarray(batches), keys[1])
+        )
+        seconds += time.perf_counter() - began
+        for info in filter(None, (metrics.free, metrics.nudged)):
+            per_unit = [float(s.mean()) for s in info.spikes]
+            spikes += batches.size * float(np.dot(per_unit, units))
+        answers, _ = training.predict(state.params, spec, contestant.answer, data.validation_images)
+        done = i * batches.shape[0]
+        curve.append(
+            {
+                "steps": done,
+                "epochs": done * config.batch / len(data.train_images),
+                "seconds": seconds,
+                "val_error": training.error_rate(answers, data.validation_labels),
+                "operations": done * operations,
+                "spikes": spikes,
+            }
+        )
+        if most_steps is not None and done >= most_steps:
+            break
+    return {"compile_seconds": compile_seconds, "curve": curve}
+
+
+def first_stays_below(curve: list[dict[str, Any]], target: float) -> dict[str, Any] | None:
+    """The earliest evaluation from which on all are below the target; ``None`` without one."""
+    above = [i for i, point in enumerate(curve) if point["val_error"] >= target]
+    start = above[-1] + 1 if above else 0
+    return curve[start] if start < len(curve) else None
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Train everything, write it, return it."""
+    rows = []
+    for dataset in ("mnist",) if arguments.quick else arguments.datasets:
+        data = load(dataset, data_dir=arguments.data_dir)
+        for name, contestant in contestants(dataset).items():
+            raced = race(contestant, data, arguments.seed, 200 if arguments.quick else None)
+            row = {"dataset": dataset, "target": TARGETS[dataset], "name": name} | raced
+            row["reached"] = first_stays_below(raced["curve"], TARGETS[dataset])
+            rows.append(row)
+            last = raced["curve"][-1]
+            Console(stderr=True).print(
+                f"{dataset}, {name}: {last['val_error']:.2f} % after {last['seconds']:.0f} s"
+            )
+    found = {"seed": arguments.seed, "rows": rows}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "time_to_accuracy.json", found | provenance())
+    draw(rows).savefig(arguments.out / "time_to_accuracy.png", dpi=150)
+    return found
+
+
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Validation error against seconds, on logarithmic axes."""
+    datasets = list(dict.fromkeys(r["dataset"] for r in rows))
+    figure = Figure(figsize=(5.5 * len(datasets) + 1, 4), layout="constrained")
+    for axis, dataset in zip(
+        figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True
+    ):
+        for row in rows:
+            if row["dataset"] == dataset:
+                axis.plot(
+                    [p["seconds"] for p in row["curve"]],
+                    [p["val_error"] for p in row["curve"]],
+                    label=row["name"],
+                )
+        axis.axhline(TARGETS[dataset], color="0.5", ls="--", lw=1)
+        axis.set(title=dataset, xlabel="seconds of training", ylabel="validation error, %")
+        axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def table(found: dict[str, Any]) -> Table:
+    """When the target was reached."""
+    made = Table(title="until the validation error stays below the target")
+    for column in ("data", "method", "target", "seconds", "epochs", "TFLOP", "spikes", "last"):
+        made.add_column(column)
+    for row in found["rows"]:
+        reached, last = row["reached"], row["curve"][-1]
+        cells = ("not reached",) + ("",) * 3
+        if reached is not None:
+            cells = (
+                f"{reached['seconds']:.0f}",
+                f"{reached['epochs']:.1f}",
+                f"{reached['operations'] / 1e12:.1f}",
+                f"{reached['spikes']:.1e}",
+            )
+        made.add_row(
+            row["dataset"],
+            row["name"],
+            f"{row['target']:g} %",
+            *cells,
+            f"{last['val_error']:.2f} % after {last['seconds']:.0f} s",
+        )
+    return made
+
+
+def main() -> None:
+    """Measure, print, write."""
+    Console().print(table(run(tyro.cli(Arguments, description=__doc__))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The benchmarks: what they count and compare is what they say; the clock is not tested."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+import pytest
+import scaling
+import time_to_accuracy
+from feedforward import feedforward_gradient
+
+import ep_jax as ep
+
+TINY = ep.NetworkSpec(
+    (8, 8, 1), (ep.Conv(3, 3), ep.Conv(4, 2, pool=None), ep.Dense(6), ep.Dense(3)), ep.Rate()
+)
+
+
+def test_operations_of_a_tiny_network_by_hand() -> None:
+    """Folded: 2x2 blocks and a 4x4 kernel, so 2x2 windows of 4 channels at 3x3 positions."""
+    first = 2 * 9 * (2 * 2 * 4) * 3
+    second = 2 * 4 * (2 * 2 * 3) * 4
+    dense = [2 * 16 * 6, 2 * 6 * 3]
+    assert measure.products(TINY) == [first, second, *dense]
+    sweep = 2 * (second + sum(dense))
+    phases = ep.Phases(free=5, nudged=3)
+    # Synchronous, from zero: in the first sweep nobody hears anyone.
+    assert measure.phase_operations(TINY, phases) == 4 * sweep
+    assert measure.phase_operations(TINY, phases, nudged=True) == 3 * sweep
+    # Ordered, from zero: first, each layer hears the one that has something to say.
+    once = ep.Phases(free=1, nudged=1, sweep="ordered", coordinates="displacement")
+    assert measure.phase_operations(TINY, once) == sweep // 2
+    assert measure.phase_operations(TINY, once, nudged=True) == sweep // 2
+    everything = first + sweep // 2
+    assert measure.feedforward_operations(TINY, 7) == 7 * (2 * everything + sweep // 2)
+    expected = first + 5 * sweep - sweep + 2 * 3 * sweep + 2 * everything
+    assert measure.ep_operations(TINY, phases, 7) == 7 * expected
+    assert measure.bptt_operations(TINY, phases, 1) == 2 * first + 3 * 4 * sweep
+    assert measure.bptt_operations(TINY, phases, 1, 2) == 2 * first + (4 + 2 * 2) * sweep
+
+
+def test_lower_bound_by_hand() -> None:
+    """Parameters once; state, nudged states and drive for each example, four bytes a number."""
+    units = 27 + 16 + 6 + 3
+    params = 27 + 3 + 48 + 4 + 96 + 6 + 18 + 3
+    symmetric = ep.Phases(coordinates="absolute")
+    assert measure.lower_bound(TINY, symmetric, 5) == 4 * (params + 5 * (2 * units + 27))
+    one = ep.Phases(estimator="one_sided", coordinates="displacement")
+    assert measure.lower_bound(TINY, one, 5) == 4 * (params + 5 * (3 * units + 27))
+
+
+@pytest.mark.usefixtures("x64")
+def test_backprop_is_the_gradient_of_the_feed_forward_network() -> None:
+    """The price EP is compared with: one ordered sweep of BPTT from zero is the same."""
+    params = jax.tree.map(lambda a: a.astype(float), ep.init_params(jax.random.key(0), TINY))
+    xs = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1))
+    ys = jnp.arange(4) % 3
+    grads, info = feedforward_gradient(params, TINY, xs, ys)
+    once = ep.Phases(free=1, sweep="ordered")
+    expected, reference = ep.bptt_gradient(params, TINY, xs, ys, once)
+    np.testing.assert_allclose(info.cost, reference.cost, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+def test_the_peer_computes_the_same_gradients() -> None:
+    """PyTorch's EP and truncated BPTT, and a gradient that differs is refused."""
+    import peer
+
+    params = ep.init_params(jax.random.key(0), TINY)
+    layers = (ep.Conv(3, 3), ep.Dense(6), ep.Dense(3))
+    spec = ep.NetworkSpec((8, 8, 1), layers, ep.Rate())
+    params = ep.init_params(jax.random.key(0), spec, 0.7)
+    xs, ys = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1)), jnp.arange(4) % 3
+    phases = ep.Phases(free=30, nudged=20)
+    theirs = peer.Peer(params, spec, xs, ys)
+    ours, _ = ep.ep_gradient(params, spec, xs, ys, phases)
+    peer.check_equal(ours, theirs.as_params(theirs.ep_gradient(phases)))
+    exact, _ = ep.bptt_gradient(params, spec, xs, ys, phases, tracked=10)
+    peer.check_equal(exact, theirs.as_params(theirs.bptt_gradient(phases, 10)))
+    with pytest.raises(AssertionError, match="layer 1"):
+        peer.check_equal(jax.tree.map(lambda g: 1.01 * g, ours), ours)
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [([3.0, 0.9, 1.1, 0.8, 0.7], 3), ([0.9, 0.8], 0), ([0.9, 1.0], None), ([2.0], None)],
+)
+def test_an_error_that_rises_again_has_not_stayed_below(
+    errors: list[float], expected: int | None
+) -> None:
+    """Below for good, not for once; at the target is not below."""
+    curve: list[dict[str, Any]] = [{"val_error": e, "at": i} for i, e in enumerate(errors)]
+    found = time_to_accuracy.first_stays_below(curve, 1.0)
+    assert (found and found["at"]) == expected
+
+
+def test_exponents() -> None:
+    """A quadratic has the slope 2."""
+    np.testing.assert_allclose(scaling.exponent([1, 2, 8], [3, 12, 192]), 2.0)
