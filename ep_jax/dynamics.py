@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ep_jax import network
 from ep_jax.checks import check_choice, check_float_array, check_integer, check_number, known
@@ -287,6 +288,18 @@ class Sweeps(NamedTuple):
         return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen, rest)
 
 
+def _change(change: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum of squares, and number of units that count as moving: one pass, nothing kept."""
+    zero = np.zeros((), change.dtype)
+    square, moving = jax.lax.reduce(
+        (change**2, (change > MOVING).astype(change.dtype)),
+        (zero, zero),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        tuple(range(change.ndim)),
+    )
+    return square, moving
+
+
 def _sweeps(
     spec: NetworkSpec,
     phases: Phases,
@@ -355,13 +368,13 @@ def _sweeps(
 
         def measure() -> tuple[jax.Array, jax.Array]:
             # What is only looked at costs no memory in reverse mode.
-            changes = jax.lax.stop_gradient(
-                [jnp.abs(b.s - a.s) for a, b in zip(states, new, strict=True)]
-            )
+            before, after = jax.lax.stop_gradient((states, new))
             scale = units if displaced else (1.0,) * depth
-            squares = [jnp.sum((c * jnp.abs(u)) ** 2) for c, u in zip(changes, scale, strict=True)]
-            moved = [jnp.sum(c > MOVING, dtype=c.dtype) for c in changes]
-            return jnp.sqrt(sum(squares[1:], squares[0])), sum(moved[1:], moved[0]) / sum(sizes)
+            squares, moved = zero, zero
+            for a, b, unit in zip(before, after, scale, strict=True):
+                square, count = _change(jnp.abs(b.s - a.s))
+                squares, moved = squares + jnp.abs(unit) ** 2 * square, moved + count
+            return jnp.sqrt(squares), moved / sum(sizes)
 
         # Nobody sees them before the last sweep, unless a trace is asked for.
         seen_now = (t == steps - 1) | (trace is not None)
@@ -560,8 +573,11 @@ def settle_displacement(
         def step(d: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
             if l == spec.depth - 1:
                 current = current - cost_gradient(links, base.state[l] + beta * d, y)
+            # Tied to what changes, so that XLA makes what sigma needs of the base anew in each
+            # sweep: that is cheaper than keeping it.
+            current, base_current = jax.lax.optimization_barrier((current, base.currents[l]))
             return relax_displacement(
-                activation_of(spec, l), base.currents[l], d, current, units[l], epsilon
+                activation_of(spec, l), base_current, d, current, units[l], epsilon
             )
 
         return step

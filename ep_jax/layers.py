@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ep_jax.checks import check_choice, check_integer
 
@@ -221,9 +222,24 @@ def _convolve(window: _Window, packed: jax.Array, matrix: jax.Array) -> jax.Arra
     )
 
 
-@_convolve.defjvp
-def _(window: _Window, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return jax.jvp(functools.partial(_differentiable, window), primals, tangents)
+@functools.partial(_convolve.defjvp, symbolic_zeros=True)
+def _(window: _Window, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+    packed, matrix = primals
+    moved, changed = tangents
+    way = functools.partial(_differentiable, window)
+    out, parts = way(packed, matrix), []
+    if not isinstance(moved, SymbolicZero):
+        parts.append(way(moved, matrix))
+    if not isinstance(changed, SymbolicZero):
+        parts.append(
+            jax.lax.platform_dependent(
+                packed,
+                changed,
+                cpu=functools.partial(_looped, window, by_row=True),
+                default=functools.partial(_native, window),
+            )
+        )
+    return out, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(out)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -312,20 +328,23 @@ class _Parts(NamedTuple):
     columns: int
 
 
-def _parts(window: _Window, channels: int, matrix: jax.Array) -> _Parts:
-    columns = 1 if channels >= WIDE else window.size
+def _parts(window: _Window, channels: int, matrix: jax.Array, by_row: bool = False) -> _Parts:
+    columns = window.size if by_row or channels < WIDE else 1
     starts = [(i, j) for i in range(window.size) for j in range(0, window.size, columns)]
     matrices = matrix.reshape(len(starts), columns * channels, -1)
     return _Parts(jnp.array(starts), matrices, columns)
 
 
-def _looped(window: _Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
+def _looped(
+    window: _Window, packed: jax.Array, matrix: jax.Array, by_row: bool = False
+) -> jax.Array:
     """One product for each part of the window, one after the other."""
     height, width = _sides(window, packed.shape)
     packed = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
-    parts = _parts(window, packed.shape[-1], matrix)
+    parts = _parts(window, packed.shape[-1], matrix, by_row)
     spans = [(n - 1) * window.stride + 1 for n in (height, width)]
 
+    @jax.checkpoint  # where the matrix is differentiated: gather again, rather than keep
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         corner, weights = part
         gathered = [

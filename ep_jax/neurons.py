@@ -508,7 +508,7 @@ class DeltaCode:
         s = relax(state.s, current, 1.0)
         delta, leak = self.resolution(clock, s.dtype)
         kept = (1.0 - leak) * state.known if self.leak else state.known
-        value = (s - kept) / delta
+        value = (s - kept) * (1.0 / delta)  # one division for all units
         quantise = spikes.binary if self.leak and not clock.displaced else spikes.ternary
         count = quantise(value, self.surrogate)
         return DeltaCodeState(s, kept + delta * count), count

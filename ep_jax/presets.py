@@ -156,13 +156,13 @@ def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> Netwo
 
 
 # The knee of experiments/frontier.py: the best gradient for the fewest sweeps and spikes.
-_CODE = DeltaCode(quantum=0.5, decay=0.65, lag=2.0, nudged_quantum=0.7, nudged_decay=0.6)
+_CODE = DeltaCode(quantum=0.5, decay=0.6, lag=1.0, nudged_quantum=0.7, nudged_decay=0.5)
 _PHASES = Phases(
-    free=12,
-    nudged=8,
+    free=9,
+    nudged=6,
     beta=0.03,
     estimator="one_sided",
-    sweep="alternating",
+    sweep="ordered",
     coordinates="displacement",
 )
 
@@ -175,6 +175,10 @@ _MNIST = Config(
     phases=_PHASES,
     weight_decay=0.05,
     shift=1,
+)
+
+_MNIST_RATE = replace(
+    _MNIST, neuron="rate", feedback=0.03, phases=replace(_PHASES, free=5, nudged=3)
 )
 
 PRESETS: dict[str, Config] = {
@@ -194,8 +198,10 @@ PRESETS: dict[str, Config] = {
         gain=1.0,
         neuron="sigma_delta",
         sigma_delta=SigmaDelta(lam_power=0.75, nudged_quantum=0.3),
-        phases=replace(_PHASES, free=25, nudged=12),
+        phases=replace(_PHASES, free=25, nudged=12, sweep="alternating"),
     ),
+    "mnist_rate": _MNIST_RATE,
     "fashion_mnist": replace(_MNIST, dataset="fashion_mnist", shift=0),
+    "fashion_mnist_rate": replace(_MNIST_RATE, dataset="fashion_mnist", shift=0),
 }
 """Complete runs by name."""
