@@ -30,17 +30,18 @@ def feedforward_gradient(
         links = network.link(params, spec)
 
         def one(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-            s = x
-            for l in range(spec.depth):
-                below = network.input_drive(spec, links, x) if l == 0 else (
-                    network.drive(spec, links, l, s)
-                )  # fmt: skip
-                s = activation_of(spec, l).apply(below + links.biases[l])
+            def unit(l: int, drive: jax.Array) -> jax.Array:
+                return activation_of(spec, l).apply(drive + links.biases[l])
+
+            s = unit(0, network.input_drive(spec, links, x))
+            for l in range(1, spec.depth):
+                s = unit(l, network.drive(spec, links, l, s))
             return cost(spec, links, s, y), read_out(links, s)
 
         costs, output = jax.vmap(one)(xs, wanted)
         return jnp.mean(costs), output
 
     (value, output), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)
-    nothing = ep.PhaseInfo(*(jnp.zeros(()),) * 2, (jnp.zeros(()),) * spec.depth)
+    zero = jnp.zeros(())
+    nothing = ep.PhaseInfo(zero, zero, (zero,) * spec.depth)
     return grads, ep.GradientInfo(value, output, nothing)

@@ -151,13 +151,20 @@ def device_peak() -> int | None:
 def lower_bound(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:
     """Bytes EP cannot do without: parameters, the input's drive, the live copies of the state.
 
-    Live in the nudged phases are what the neurons carry, for each nudge; and what the contrast
-    needs of the free phase: in displacement coordinates its state and currents, in absolute ones
-    its state, unless it cancels.
+    Live in the nudged phases are, for each nudge, what the neurons carry and the new states of the
+    layers that are updated at once; and what the contrast needs of the free phase: in displacement
+    coordinates its state and currents, in absolute ones its state, unless it cancels.
     """
     params = jax.eval_shape(lambda: ep.init_params(jax.random.key(0), spec))
     state = [jax.ShapeDtypeStruct(s, jnp.float32) for s in spec.state_shapes]
     carried = [jax.eval_shape(spec.neuron.start, s, s) for s in state]
+    depth = spec.depth
+    at_once = {
+        "synchronous": [range(depth)],
+        "alternating": [range(0, depth, 2), range(1, depth, 2)],
+        "ordered": [[l] for l in range(depth)],
+    }[phases.sweep]
+    new = max(_bytes([state[l] for l in group]) for group in at_once)
     key = jax.random.key(0)
     betas = jax.eval_shape(lambda: nudges(phases, 1, jnp.dtype("float32"), key).betas)
     points = len(betas) * (betas.dtype.itemsize // 4)
@@ -165,7 +172,7 @@ def lower_bound(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:
         kept = 2
     else:
         kept = 0 if phases.estimator in ("symmetric", "holomorphic") else 1
-    an_example = points * _bytes(carried) + kept * _bytes(state) + _bytes(state[0])
+    an_example = points * (_bytes(carried) + new) + kept * _bytes(state) + _bytes(state[0])
     return _bytes(params) + batch * an_example
 
 
@@ -187,9 +194,10 @@ def products(spec: ep.NetworkSpec) -> list[int]:
 
 def _places(layer: Layer, shape: tuple[int, ...]) -> int:
     """Positions at which a layer's matrix is applied: those before a pool that is not folded."""
-    pooled = isinstance(layer, ep.Conv) and layer.pool is not None
-    unfolded = pooled and not (layer.pool == "avg" and layer.fold)
-    return math.prod(shape[:-1]) * (4 if unfolded else 1)
+    places = math.prod(shape[:-1])
+    if isinstance(layer, ep.Dense) or layer.pool is None or (layer.pool == "avg" and layer.fold):
+        return places
+    return 4 * places
 
 
 def phase_operations(

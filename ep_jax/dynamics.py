@@ -362,7 +362,10 @@ def _sweeps(
                 spikes[l] = sent
         return new, spikes
 
-    def sweep(updates: tuple[Update, ...], carry: Carry, _: None) -> tuple[Carry, Any]:
+    def sweep(
+        updates: tuple[Update, ...], number: int | None, carry: Carry, _: None
+    ) -> tuple[Carry, Any]:
+        """One sweep; its `number` where it is known before the program runs."""
         t, states = carry.t, carry.states
         new, spikes = update(states, t, updates)
 
@@ -377,8 +380,12 @@ def _sweeps(
             return jnp.sqrt(squares), moved / sum(sizes)
 
         # Nobody sees them before the last sweep, unless a trace is asked for.
-        seen_now = (t == steps - 1) | (trace is not None)
-        residual, moving = jax.lax.cond(seen_now, measure, lambda: (zero, zero))
+        if trace is not None or number == steps - 1:
+            residual, moving = measure()
+        elif number is not None:
+            residual, moving = zero, zero
+        else:
+            residual, moving = jax.lax.cond(t == steps - 1, measure, lambda: (zero, zero))
         spikes = jax.lax.stop_gradient(spikes)
         counts = [
             n + jnp.sum(jnp.abs(q)) / z for n, q, z in zip(carry.spikes, spikes, sizes, strict=True)
@@ -400,8 +407,8 @@ def _sweeps(
     states = [neuron.start(s, i) for s, i in zip(start, start_currents, strict=True)]
     return Sweeps(
         Carry(jnp.zeros((), jnp.int32), states, zero, zero, [zero] * depth),
-        tuple(functools.partial(sweep, updates) for updates in opening),
-        functools.partial(sweep, full),
+        tuple(functools.partial(sweep, updates, t) for t, updates in enumerate(opening)),
+        functools.partial(sweep, full, None),
         steps,
     )
 

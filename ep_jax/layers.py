@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -235,7 +236,7 @@ def _(window: _Window, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
             jax.lax.platform_dependent(
                 packed,
                 changed,
-                cpu=functools.partial(_looped, window, by_row=True),
+                cpu=functools.partial(_looped_matrix, window),
                 default=functools.partial(_native, window),
             )
         )
@@ -335,28 +336,48 @@ def _parts(window: _Window, channels: int, matrix: jax.Array, by_row: bool = Fal
     return _Parts(jnp.array(starts), matrices, columns)
 
 
-def _looped(
-    window: _Window, packed: jax.Array, matrix: jax.Array, by_row: bool = False
-) -> jax.Array:
+def _looped(window: _Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
     """One product for each part of the window, one after the other."""
-    height, width = _sides(window, packed.shape)
-    packed = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
-    parts = _parts(window, packed.shape[-1], matrix, by_row)
-    spans = [(n - 1) * window.stride + 1 for n in (height, width)]
+    parts = _parts(window, packed.shape[-1], matrix)
+    product = _product(window, packed, parts.columns)
+    # The first product, not zeros: XLA would make those long before they are needed.
+    first = product(parts.corners[0], parts.matrices[0])
+    return jax.lax.scan(
+        lambda total, part: (total + product(*part), None),
+        first,
+        (parts.corners[1:], parts.matrices[1:]),
+    )[0]
 
-    @jax.checkpoint  # where the matrix is differentiated: gather again, rather than keep
-    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        corner, weights = part
-        gathered = [
-            jax.lax.dynamic_slice(
-                packed, (corner[0], corner[1] + j, 0), (*spans, packed.shape[-1])
-            )[:: window.stride, :: window.stride]
-            for j in range(parts.columns)
-        ]
-        return total + jnp.concatenate(gathered, axis=-1) @ weights, None
 
-    zero = jnp.zeros((height, width, matrix.shape[-1]), jnp.result_type(packed, matrix))
-    return jax.lax.scan(add, zero, (parts.corners, parts.matrices))[0]
+def _looped_matrix(window: _Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
+    """The same, a row of the window at a time, for the derivative with respect to the matrix.
+
+    Its transpose fills the matrix part by part. The checkpoint makes it gather the rows again.
+    """
+    parts = _parts(window, packed.shape[-1], matrix, by_row=True)
+    product = jax.checkpoint(_product(window, packed, parts.columns))
+    zero = jnp.zeros((*_sides(window, packed.shape), matrix.shape[-1]), packed.dtype)
+    return jax.lax.scan(
+        lambda total, part: (total + product(*part), None), zero, (parts.corners, parts.matrices)
+    )[0]
+
+
+def _product(
+    window: _Window, packed: jax.Array, columns: int
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The function that multiplies one part, from a corner on, by its share of the matrix."""
+    stride = window.stride
+    height, width = ((n - 1) * stride + 1 for n in _sides(window, packed.shape))
+    padded = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
+
+    def product(corner: jax.Array, weights: jax.Array) -> jax.Array:
+        rows = jax.lax.dynamic_slice(
+            padded, (corner[0], corner[1], 0), (height, width + columns - 1, padded.shape[-1])
+        )
+        gathered = [rows[::stride, j : j + width : stride] for j in range(columns)]
+        return jnp.concatenate(gathered, axis=-1) @ weights
+
+    return product
 
 
 def _looped_adjoint(
@@ -365,24 +386,35 @@ def _looped_adjoint(
     """The transpose of `_looped`: each part of the window adds what it has to say."""
     channels, (before, after) = shape[-1], window.pad
     parts = _parts(window, channels, matrix)
+    height, width = (n + before + after for n in shape[:2])
     spans = [(n - 1) * window.stride + 1 for n in field.shape[:2]]
+
+    def said(weights: jax.Array) -> list[jax.Array]:
+        """What a part says to its place, column by column."""
+        product = (field @ weights.T).reshape(*field.shape[:2], parts.columns, channels)
+        apart = (0, 0, window.stride - 1)
+        zero = jnp.zeros((), product.dtype)
+        return [
+            jax.lax.pad(product[:, :, j], zero, (apart, apart, (0, 0, 0)))
+            for j in range(parts.columns)
+        ]
 
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         corner, weights = part
-        product = (field @ weights.T).reshape(*field.shape[:2], parts.columns, channels)
-        for j in range(parts.columns):
+        for j, here in enumerate(said(weights)):
             place = (corner[0], corner[1] + j, 0)
-            apart = (0, 0, window.stride - 1)
-            said = jax.lax.pad(
-                product[:, :, j], jnp.zeros((), product.dtype), (apart, apart, (0, 0, 0))
-            )
-            old = jax.lax.dynamic_slice(total, place, (*spans, channels))
-            total = jax.lax.dynamic_update_slice(total, old + said, place)
+            old = jax.lax.dynamic_slice(total, place, here.shape)
+            total = jax.lax.dynamic_update_slice(total, old + here, place)
         return total, None
 
-    padded = [n + before + after for n in shape[:2]]
-    zero = jnp.zeros((*padded, channels), jnp.result_type(field, matrix))
-    total, _ = jax.lax.scan(add, zero, (parts.corners, parts.matrices))
+    # As above: the first part in the frame of all.
+    frames = [
+        jnp.pad(here, ((0, height - spans[0]), (j, width - spans[1] - j), (0, 0)))
+        for j, here in enumerate(said(parts.matrices[0]))
+    ]
+    total, _ = jax.lax.scan(
+        add, functools.reduce(jnp.add, frames), (parts.corners[1:], parts.matrices[1:])
+    )
     return total[before : before + shape[0], before : before + shape[1]]
 
 

@@ -49,9 +49,9 @@ def test_lower_bound_by_hand() -> None:
     units = 27 + 16 + 6 + 3
     params = 27 + 3 + 48 + 4 + 96 + 6 + 18 + 3
     symmetric = ep.Phases(coordinates="absolute")
-    assert measure.lower_bound(TINY, symmetric, 5) == 4 * (params + 5 * (2 * units + 27))
-    one = ep.Phases(estimator="one_sided", coordinates="displacement")
-    assert measure.lower_bound(TINY, one, 5) == 4 * (params + 5 * (3 * units + 27))
+    assert measure.lower_bound(TINY, symmetric, 5) == 4 * (params + 5 * (4 * units + 27))
+    one = ep.Phases(estimator="one_sided", coordinates="displacement", sweep="ordered")
+    assert measure.lower_bound(TINY, one, 5) == 4 * (params + 5 * (3 * units + 27 + 27))
 
 
 @pytest.mark.usefixtures("x64")

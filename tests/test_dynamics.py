@@ -96,24 +96,25 @@ def test_sweeps_update_layers_in_their_order(sweep: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, expected)
 
 
-@pytest.mark.parametrize("pool", ["avg", "max"])
-@pytest.mark.parametrize("sweep", ["synchronous", "alternating", "ordered"])
 @pytest.mark.parametrize(
-    "neuron",
+    ("neuron", "sweep"),
     [
-        ep.Rate(0.8),
-        ep.SigmaDelta(),
-        ep.SigmaDelta(decode="signal"),
-        ep.DeltaCode(),
-        ep.Bernoulli(),
-        ep.IntegrateFire(),
+        (ep.Rate(0.8), "synchronous"),
+        (ep.Rate(), "alternating"),
+        (ep.Rate(), "ordered"),
+        (ep.SigmaDelta(), "alternating"),
+        (ep.SigmaDelta(decode="signal"), "ordered"),
+        (ep.DeltaCode(), "ordered"),
+        (ep.Bernoulli(), "alternating"),
+        (ep.IntegrateFire(), "ordered"),
     ],
 )
 def test_the_opening_leaves_out_zeros_alone(
-    neuron: Any, sweep: Any, pool: Any, monkeypatch: pytest.MonkeyPatch
+    neuron: Any, sweep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A product left out that was not zero; a neuron model that is not silent at rest."""
-    spec = small(neuron, 0.5, (ep.Conv(3, 3, pool), ep.Conv(4, 2, pool), ep.Dense(6), ep.Dense(3)))
+    layers = (ep.Conv(3, 3, "max"), ep.Conv(4, 2, "avg"), ep.Dense(6), ep.Dense(3))
+    spec = small(neuron, 0.5, layers)
     params, (xs, ys) = make_params(spec), make_batch(spec, 1)
     plan, lengths = dynamics.plan, []
 

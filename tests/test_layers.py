@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import affine, make_params, make_state, reference_phi
+from jax.test_util import check_grads
 
 import ep_jax as ep
 from ep_jax import layers, network
@@ -185,3 +186,36 @@ def test_shapes_follow_lax() -> None:
     ]:
         p = {"w": jnp.zeros(layer.weight_shape(below)), "b": jnp.zeros(layer.features)}
         assert layer.output_shape(below) == affine(layer, p, jnp.zeros(below)).shape
+
+
+@pytest.mark.parametrize(
+    ("layer", "below"),
+    [
+        (ep.Conv(3, 3), (8, 8, 2)),  # folded, in blocks
+        (ep.Conv(3, 3, padding="SAME"), (6, 4, 2)),  # folded, padded on one side in the blocks
+        (ep.Conv(2, 5, padding="SAME"), (6, 6, 17)),  # one position of the window at a time
+        (ep.Conv(3, 2), (5, 7, 2)),  # folded, but odd: a stride of two
+        (ep.Conv(2, 1), (4, 4, 65)),
+        (ep.Conv(3, 4, "max", "SAME"), (6, 4, 2)),
+    ],
+)
+def test_all_ways_to_convolve_are_one(layer: Any, below: tuple[int, ...]) -> None:
+    """A way that only another backend, or only differentiation, takes; a wrong derivative of one.
+
+    Each is held against the others, forward and back, and the derivatives of `convolve` and
+    `adjoint`, in both modes, against finite differences.
+    """
+    rng = np.random.default_rng(0)
+    window = layers._window(layer, below)
+    packed = layers.pack(layer, below, jnp.asarray(rng.normal(size=below)))
+    matrix = layers.kernel(layer, below, jnp.asarray(rng.normal(size=layer.weight_shape(below))))
+    out = layers.convolve(layer, below, matrix, packed)
+    for way in (layers._looped, layers._looped_matrix, layers._unrolled, layers._native):
+        close(way(window, packed, matrix), out)
+    field = jnp.asarray(rng.normal(size=out.shape))
+    back = layers.adjoint(layer, below, matrix, field)
+    assert back.shape == packed.shape
+    for way in (layers._unrolled, layers._native):
+        close(layers._transposed(window, packed.shape, way, field, matrix), back)
+    check_grads(lambda p, m: layers.convolve(layer, below, m, p), (packed, matrix), order=1)
+    check_grads(lambda f, m: layers.adjoint(layer, below, m, f), (field, matrix), order=1)
