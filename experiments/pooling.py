@@ -4,7 +4,7 @@
     python experiments/pooling.py train --runs runs/pooling --out results/pooling
 
 The first compares EP's gradients with exact ones and measures what a max pool does to spikes, the
-second trains.
+second trains. The study is docs/studies/pooling.md.
 """
 
 from __future__ import annotations
