@@ -12,7 +12,7 @@ from helpers import affine, make_params, make_state, reference_phi
 from jax.test_util import check_grads
 
 import ep_jax as ep
-from ep_jax import layers, network
+from ep_jax import convolution, layers, network
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -210,12 +210,17 @@ def test_all_ways_to_convolve_are_one(layer: Any, below: tuple[int, ...]) -> Non
     packed = layers.pack(layer, below, jnp.asarray(rng.normal(size=below)))
     matrix = layers.kernel(layer, below, jnp.asarray(rng.normal(size=layer.weight_shape(below))))
     out = layers.convolve(layer, below, matrix, packed)
-    for way in (layers._looped, layers._looped_matrix, layers._unrolled, layers._native):
+    for way in (
+        convolution.looped,
+        convolution.looped_rows,
+        convolution.unrolled,
+        convolution.native,
+    ):
         close(way(window, packed, matrix), out)
     field = jnp.asarray(rng.normal(size=out.shape))
     back = layers.adjoint(layer, below, matrix, field)
     assert back.shape == packed.shape
-    for way in (layers._unrolled, layers._native):
-        close(layers._transposed(window, packed.shape, way, field, matrix), back)
+    for way in (convolution.unrolled, convolution.native):
+        close(convolution.transposed(window, packed.shape, way, field, matrix), back)
     check_grads(lambda p, m: layers.convolve(layer, below, m, p), (packed, matrix), order=1)
     check_grads(lambda f, m: layers.adjoint(layer, below, m, f), (field, matrix), order=1)
