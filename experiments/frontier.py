@@ -90,7 +90,7 @@ ORDERED: dict[str, ep.Neuron] = {
         )
         for change in (
             {"decay": 0.5},
-            {"decay": 0.55},
+            {"decay": 0.6},
             {"decay": 0.65},
             {"lag": 0.0},
             {"lag": 2.0},
@@ -350,7 +350,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
                 label=f"{precision}, {coordinates}",
             )
     right.set(xlabel="beta", xscale="log", yscale="log", title=f"rate, settled, {ages[-1]} weights")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc=(0.45, 0.55))
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(out / "spikes_and_precision.png", dpi=150)
@@ -376,6 +376,7 @@ def main() -> None:
             study(subject, journal)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"frontier.py: error: {error}")
+    made = provenance()  # before files of the checkout change
     arguments.out.mkdir(parents=True, exist_ok=True)
     draw(journal.rows, arguments.out)
     statement = dataclasses.asdict(arguments)
@@ -385,7 +386,7 @@ def main() -> None:
     named = NEURONS | SCHEDULES | ORDERED
     statement["neurons"] = {name: to_json(n) for name, n in named.items()}
     rows = {"rows": journal.rows}
-    write_json(arguments.out / "frontier.json", plain(statement) | rows | provenance())
+    write_json(arguments.out / "frontier.json", plain(statement) | rows | made)
     Console().print(f"written to {arguments.out}")
 
 
