@@ -156,7 +156,7 @@ def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> Netwo
 
 
 # The knee of experiments/frontier.py: the best gradient for the fewest sweeps and spikes.
-_CODE = DeltaCode(quantum=0.5, decay=0.55, lag=1.0, nudged_quantum=0.7, nudged_decay=0.5)
+_CODE = DeltaCode(quantum=0.5, decay=0.6, lag=1.0, nudged_quantum=0.7, nudged_decay=0.5)
 _PHASES = Phases(
     free=9,
     nudged=6,

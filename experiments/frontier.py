@@ -90,7 +90,7 @@ ORDERED: dict[str, ep.Neuron] = {
         )
         for change in (
             {"decay": 0.5},
-            {"decay": 0.6},
+            {"decay": 0.55},
             {"decay": 0.65},
             {"lag": 0.0},
             {"lag": 2.0},
