@@ -47,11 +47,13 @@ class Peer:
             self.weights.append(torch.tensor(np.ascontiguousarray(w), requires_grad=True))
             self.biases.append(torch.tensor(np.asarray(p["b"]), requires_grad=True))
         self.x = torch.tensor(np.ascontiguousarray(np.asarray(xs).transpose(0, 3, 1, 2)))
-        self.y = functional.one_hot(torch.tensor(np.asarray(ys)).long(), spec.classes).float()
+        self.y = functional.one_hot(torch.tensor(np.asarray(ys)).long(), spec.classes).to(
+            self.x.dtype
+        )
 
     def phi(self, s: Tensors) -> torch.Tensor:
         """The primitive function, summed over the batch (feedback 1)."""
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=self.x.dtype)
         for layer, w, b, below, here in zip(
             self.spec.layers, self.weights, self.biases, [self.x, *s], s, strict=False
         ):
@@ -75,7 +77,7 @@ class Peer:
         """The state a free phase starts from."""
         batch = len(self.x)
         shapes = [s if len(s) == 1 else (s[2], *s[:2]) for s in self.spec.state_shapes]
-        return [torch.zeros(batch, *s, requires_grad=True) for s in shapes]
+        return [torch.zeros(batch, *s, dtype=self.x.dtype, requires_grad=True) for s in shapes]
 
     def ep_gradient(self, phases: ep.Phases) -> Tensors:
         """Gradient of weights, then biases, of the batch-mean cost, by symmetric EP."""
@@ -112,7 +114,7 @@ class Peer:
         return tuple(found)
 
 
-def check_equal(ours: ep.Params, peers: ep.Params, tolerance: float = 1e-3) -> None:
+def check_equal(ours: ep.Params, peers: ep.Params, tolerance: float = 1e-8) -> None:
     """Raise where two gradients are not the same up to rounding."""
     for l, (a, b) in enumerate(zip(ours, peers, strict=True), start=1):
         for name in a:
@@ -122,11 +124,6 @@ def check_equal(ours: ep.Params, peers: ep.Params, tolerance: float = 1e-3) -> N
                     f"the gradients of {name!r} in layer {l} differ by {apart:.1e}; "
                     f"expected less than {tolerance:.0e}"
                 )
-
-
-def cpu_threads() -> int:
-    """Threads PyTorch uses."""
-    return torch.get_num_threads()
 
 
 Call = Callable[[], Any]

@@ -67,15 +67,15 @@ def test_backprop_is_the_gradient_of_the_feed_forward_network() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 def test_the_peer_computes_the_same_gradients() -> None:
     """PyTorch's EP and truncated BPTT, and a gradient that differs is refused."""
     import peer
 
-    params = ep.init_params(jax.random.key(0), TINY)
     layers = (ep.Conv(3, 3), ep.Dense(6), ep.Dense(3))
     spec = ep.NetworkSpec((8, 8, 1), layers, ep.Rate())
-    params = ep.init_params(jax.random.key(0), spec, 0.7)
+    params = ep.init_params(jax.random.key(0), spec, 0.7, jnp.float64)
     xs, ys = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1)), jnp.arange(4) % 3
     phases = ep.Phases(free=30, nudged=20)
     theirs = peer.Peer(params, spec, xs, ys)
