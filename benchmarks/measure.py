@@ -48,28 +48,26 @@ class Problem(NamedTuple):
     ys: jax.Array
 
 
-def deep(convolutions: int, neuron: ep.Neuron, feedback: float) -> ep.NetworkSpec:
+def deep(convolutions: int, neuron: ep.Neuron) -> ep.NetworkSpec:
     """3x3 convolutions of 16 channels, pools after the first two, two dense layers on top."""
     layers = (
         *(ep.Conv(16, 3, "avg" if i < 2 else None, padding="SAME") for i in range(convolutions)),
         ep.Dense(64),
         ep.Dense(10),
     )
-    return ep.NetworkSpec(SHAPE, layers, neuron, feedback=feedback)
+    return ep.NetworkSpec(SHAPE, layers, neuron, feedback=PRESET.feedback)
 
 
-def network_at(
-    point: Mapping[str, Any], neuron: ep.Neuron, feedback: float = PRESET.feedback
-) -> ep.NetworkSpec:
+def network_at(point: Mapping[str, Any], neuron: ep.Neuron) -> ep.NetworkSpec:
     """The network of a point of a scaling axis.
 
     Along ``depth`` it is `deep`; elsewhere the MNIST network, ``width`` times as wide.
     """
     if point["axis"] == "depth":
-        return deep(point["convolutions"], neuron, feedback)
+        return deep(point["convolutions"], neuron)
     width = point["width"]
     wide = (replace(layer, features=int(width * layer.features)) for layer in LAYERS[:-1])
-    return ep.NetworkSpec(SHAPE, (*wide, LAYERS[-1]), neuron, feedback=feedback)
+    return ep.NetworkSpec(SHAPE, (*wide, LAYERS[-1]), neuron, feedback=PRESET.feedback)
 
 
 def problem(spec: ep.NetworkSpec, batch: int, seed: int = 0) -> Problem:

@@ -94,7 +94,7 @@ def time_at(point: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
 
 def sweeps_needed(convolutions: int, neuron: ep.Neuron, cosine: float = 0.99) -> int | None:
     """Fewest free and nudged sweeps with this cosine in every layer; ``None``: more than tried."""
-    spec = deep(convolutions, neuron, PRESET.feedback)
+    spec = deep(convolutions, neuron)
     params, xs, ys = problem(spec, 16)
     exact = jitted_exact(params, spec, xs, ys)
     for sweeps in CANDIDATES:

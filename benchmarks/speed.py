@@ -51,7 +51,7 @@ import ep_jax as ep
 from ep_jax import training
 from ep_jax.checkpoint import write_json
 from ep_jax.presets import PRESETS, spec_of
-from ep_jax.run import provenance
+from ep_jax.run import optimizer_of, provenance
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,7 @@ STEPS = 10
 
 def prepare_step(case: Case, batch: int) -> tuple[Callable[[], Any], float]:
     """A call of a dispatch of training steps: gather, augment, gradient, AdamW."""
-    optimizer = training.make_optimizer(
-        PRESET.learning_rate, 1000, layer_rates=(1.0,) * len(LAYERS), weight_decay=0.05
-    )
+    optimizer = optimizer_of(PRESET, case.spec, 1000)
     run = training.make_train_steps(
         case.spec, case.phases, optimizer, shift=PRESET.shift, gradient=case.gradient
     )

@@ -31,7 +31,7 @@ from ep_jax import training
 from ep_jax.checkpoint import write_json
 from ep_jax.data import Dataset, load
 from ep_jax.presets import PRESETS, Config, spec_of
-from ep_jax.run import provenance
+from ep_jax.run import optimizer_of, provenance
 
 TARGETS = {"mnist": 1.0, "fashion_mnist": 9.0}
 """Per cent of the validation images."""
@@ -98,13 +98,7 @@ def race(
         for _ in range(config.epochs)
     ]
     dispatches = np.concatenate(plan)
-    total = dispatches.shape[0] * dispatches.shape[1]
-    optimizer = training.make_optimizer(
-        config.learning_rate,
-        total,
-        layer_rates=(1.0,) * len(spec.layers),
-        weight_decay=config.weight_decay,
-    )
+    optimizer = optimizer_of(config, spec, dispatches.shape[0] * dispatches.shape[1])
     keys = jax.random.split(jax.random.key(seed))
     state = training.init_train_state(keys[0], spec, optimizer, config.gain)
     steps = training.make_train_steps(

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -88,13 +89,7 @@ def train(
         )
     spec = spec_of(config, data.train_images.shape[1:], data.classes)
     plan = _batches(config, data, epoch=0)
-    optimizer = training.make_optimizer(
-        config.learning_rate,
-        config.epochs * plan.shape[0] * plan.shape[1],
-        layer_rates=config.layer_rates or (1.0,) * len(spec.layers),
-        weight_decay=config.weight_decay,
-        warmup=config.warmup,
-    )
+    optimizer = optimizer_of(config, spec, config.epochs * plan.shape[0] * plan.shape[1])
     key = jax.random.key(config.seed)
     init_key, step_key, eval_key = jax.random.split(key, 3)
     state = training.init_train_state(init_key, spec, optimizer, config.gain)
@@ -172,6 +167,17 @@ def train(
     write_json(out / "result.json", result)
     console.print(_summary(config, spec, result, out))
     return result
+
+
+def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.GradientTransformation:
+    """The optimiser of `config` for a training of so many steps."""
+    return training.make_optimizer(
+        config.learning_rate,
+        steps,
+        layer_rates=config.layer_rates or (1.0,) * len(spec.layers),
+        weight_decay=config.weight_decay,
+        warmup=config.warmup,
+    )
 
 
 def evaluate(
