@@ -19,6 +19,7 @@ from ep_jax import dynamics, network
 from ep_jax.gradients.equilibrium import nudges
 from ep_jax.layers import Layer
 from ep_jax.presets import PRESETS, spec_of
+from ep_jax.run import placements
 
 SHAPE = (28, 28, 1)
 LAYERS = (ep.Conv(32, 5), ep.Conv(64, 5), ep.Dense(128), ep.Dense(10))
@@ -75,6 +76,13 @@ def problem(spec: ep.NetworkSpec, batch: int, seed: int = 0) -> Problem:
     keys = jax.random.split(jax.random.key(seed))
     xs = jax.random.uniform(keys[1], (batch, *spec.input_shape))
     return Problem(ep.init_params(keys[0], spec), xs, jnp.arange(batch) % spec.classes)
+
+
+def divided(given: Problem, devices: int) -> Problem:
+    """The same with the batch divided among devices."""
+    place = placements(devices)
+    params = jax.device_put(given.params, place.everywhere)
+    return Problem(params, *jax.device_put((given.xs, given.ys), place.examples))
 
 
 # Time.
@@ -224,6 +232,20 @@ def ep_operations(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:
         return batch * (cost[0] + free + 2 * sum(cost[1:]) + nudged + weights + sum(cost[1:]))
     lone = phases.estimator not in ("symmetric", "holomorphic")
     return batch * (cost[0] + free + nudged + weights + (sum(cost) if lone else 0))
+
+
+def implicit_operations(
+    spec: ep.NetworkSpec, phases: ep.Phases, batch: int, adjoint_sweeps: int
+) -> int:
+    """Operations of `ep_jax.implicit_gradient`, at so many sweeps of the adjoint.
+
+    A sweep before those (to linearise), one after them, and two weight gradients of each layer but
+    the first: of its drive and of its adjoint.
+    """
+    cost = products(spec)
+    sweep = 2 * sum(cost[1:])
+    free = cost[0] + phase_operations(spec, phases)
+    return batch * (free + (1 + adjoint_sweeps) * sweep + 2 * (cost[0] + sweep))
 
 
 def bptt_operations(

@@ -1,6 +1,6 @@
 """All benchmarks and one report.
 
-    python benchmarks/report.py --out results/benchmarks
+    python benchmarks/report.py --out results/benchmarks --devices 2
     python benchmarks/report.py --out runs/benchmarks --quick
 
 The same command on CPU, GPU and TPU. Writes a JSON file and a figure for each benchmark and
@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 
 from ep_jax.checkpoint import write_atomically
-from ep_jax.run import provenance
+from ep_jax.run import divide_cpu, provenance
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Arguments:
     """A look: few points, few calls, a fifth of an epoch."""
     train: bool = True
     """Whether to train until a validation error is reached, which takes longest."""
+    devices: int = 1
+    """Devices among which batches are divided, in the parts on speed and accuracy."""
     data_dir: str | None = None
     """Where MNIST data lie; by default TFDS_DATA_DIR."""
 
@@ -63,9 +65,9 @@ def speed_section(found: dict[str, Any]) -> str:
     head = ("", "", "sweeps", "ms (quartiles)", "GFLOP", "of matmul rate", "compile s")
     ratios = [(n, f"{v:.2f}") for n, v in found["ratios"].items() if v is not None]
     return (
-        f"## Speed\n\nBatch {found['batch']}; a large float32 product runs at "
-        f"{found['matmul_rate'] / 1e9:.0f} GFLOP/s.\n\n{markdown(head, rows)}\n"
-        f"{markdown(('ratio', ''), ratios)}\n![](speed.png)\n"
+        f"## Speed\n\nBatch {found['batch']}, divided among {found['devices']} devices; "
+        f"a large float32 product runs at {found['matmul_rate'] / 1e9:.0f} GFLOP/s.\n\n"
+        f"{markdown(head, rows)}\n{markdown(('ratio', ''), ratios)}\n![](speed.png)\n"
     )
 
 
@@ -127,7 +129,8 @@ def accuracy_section(found: dict[str, Any]) -> str:
 def main() -> None:
     """Run, gather, write."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    out, quick = arguments.out, arguments.quick
+    out, quick, devices = arguments.out, arguments.quick, arguments.devices
+    divide_cpu(devices)
     made = provenance()
     # Memory first: the peak that a device reports is that of the process up to now.
     parts = [
@@ -135,11 +138,13 @@ def main() -> None:
         + ", ".join(f"{name} {version}" for name, version in made["versions"].items())
         + "\n",
         memory_section(memory.run(memory.Arguments(out, quick=quick))),
-        speed_section(speed.run(speed.Arguments(out, quick=quick))),
+        speed_section(speed.run(speed.Arguments(out, quick=quick, devices=devices))),
         scaling_section(scaling.run(scaling.Arguments(out, quick=quick))),
     ]
     if arguments.train:
-        race = time_to_accuracy.Arguments(out, quick=quick, data_dir=arguments.data_dir)
+        race = time_to_accuracy.Arguments(
+            out, quick=quick, devices=devices, data_dir=arguments.data_dir
+        )
         parts.append(accuracy_section(time_to_accuracy.run(race)))
     write_atomically(out / "report.md", "\n".join(parts).encode())
     Console().print(f"written to {out / 'report.md'}")

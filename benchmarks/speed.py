@@ -1,6 +1,7 @@
 """Time of a gradient and of a training step: EP against BPTT, backprop and PyTorch.
 
     python benchmarks/speed.py --out runs/speed
+    python benchmarks/speed.py --out runs/speed --devices 2
 
 Network 32C5-P2-64C5-P2-FC128-FC10 on 28 x 28 inputs. Compile time is apart; times are medians of
 calls that take turns and wait for their results. Operations are the multiplications and additions
@@ -13,6 +14,7 @@ same network, phases and parameters, whose gradients are held against ours befor
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,8 +36,10 @@ from measure import (
     Timing,
     bptt_operations,
     compiled,
+    divided,
     ep_operations,
     feedforward_operations,
+    implicit_operations,
     jitted,
     matmul_call,
     matmul_rate,
@@ -51,7 +55,7 @@ import ep_jax as ep
 from ep_jax import training
 from ep_jax.checkpoint import write_json
 from ep_jax.presets import PRESETS, spec_of
-from ep_jax.run import optimizer_of, provenance
+from ep_jax.run import divide_cpu, optimizer_of, placements, provenance
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Arguments:
     """Images in a batch."""
     repeats: int = 15
     """Timed calls of each case."""
+    devices: int = 1
+    """Devices among which each batch is divided; a core of a CPU can be one."""
     quick: bool = False
     """A look: 3 calls, and only the main cases."""
 
@@ -100,8 +106,11 @@ def gradients(batch: int, quick: bool) -> dict[str, Case]:
         "BPTT": Case(ep.bptt_gradient, RATE, TEXTBOOK, full),
         # Once more forward, less the products with zeros that only the first pass leaves out.
         "BPTT, rematerialised": Case(rematerialised, RATE, TEXTBOOK, full * 4 // 3),
-        "implicit": Case(
-            ep.implicit_gradient, RATE, TEXTBOOK, bptt_operations(RATE, TEXTBOOK, batch, 10)
+        f"implicit, {TEXTBOOK.nudged} sweeps of the adjoint": Case(
+            functools.partial(ep.implicit_gradient, max_sweeps=TEXTBOOK.nudged),
+            RATE,
+            TEXTBOOK,
+            implicit_operations(RATE, TEXTBOOK, batch, TEXTBOOK.nudged),
         ),
         "spiking BPTT (free phase of preset mnist)": Case(
             ep.bptt_gradient, SPIKING, code, bptt_operations(SPIKING, code, batch)
@@ -128,9 +137,9 @@ def steps(batch: int) -> dict[str, Case]:
     return cases
 
 
-def prepare(case: Case, batch: int) -> tuple[Callable[[], Any], float]:
+def prepare(case: Case, batch: int, devices: int) -> tuple[Callable[[], Any], float]:
     """A call of a compiled gradient, and the seconds of its compilation."""
-    params, xs, ys = problem(case.spec, batch)
+    params, xs, ys = divided(problem(case.spec, batch), devices)
     made, took = compiled(jitted(case.gradient), params, case.spec, xs, ys, case.phases)
     return lambda: made(params, xs, ys), took
 
@@ -138,8 +147,9 @@ def prepare(case: Case, batch: int) -> tuple[Callable[[], Any], float]:
 STEPS = 10
 
 
-def prepare_step(case: Case, batch: int) -> tuple[Callable[[], Any], float]:
+def prepare_step(case: Case, batch: int, devices: int) -> tuple[Callable[[], Any], float]:
     """A call of a dispatch of training steps: gather, augment, gradient, AdamW."""
+    place = placements(devices)
     optimizer = optimizer_of(PRESET, case.spec, 1000)
     run = training.make_train_steps(
         case.spec, case.phases, optimizer, shift=PRESET.shift, gradient=case.gradient
@@ -149,8 +159,10 @@ def prepare_step(case: Case, batch: int) -> tuple[Callable[[], Any], float]:
     images = jax.random.randint(keys[0], (2048, *case.spec.input_shape), 0, 256).astype(jnp.uint8)
     labels = jnp.arange(2048, dtype=jnp.int32) % 10
     batches = jax.random.randint(keys[1], (STEPS, batch), 0, 2048)
-    made, took = compiled(jax.jit(run), state, images, labels, batches, keys[0])
-    return lambda: made(state, images, labels, batches, keys[0]), took
+    given = jax.device_put((state, images, labels), place.everywhere)
+    given = (*given, *jax.device_put((batches, keys[0]), (place.batches, place.everywhere)))
+    made, took = compiled(jax.jit(run, out_shardings=place.everywhere), *given)
+    return lambda: made(*given), took
 
 
 def peer_calls(batch: int) -> dict[str, Callable[[], Any]]:
@@ -183,7 +195,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         ("training step", steps(batch), prepare_step, STEPS),
     ):
         for name, case in cases.items():
-            call, took = make(case, batch)
+            call, took = make(case, batch, arguments.devices)
             calls[f"{part}: {name}"] = call
             rows[f"{part}: {name}"] = {
                 "part": part,
@@ -204,6 +216,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
             rows[name]["of_matmul"] = achieved / rate
     found = {
         "batch": batch,
+        "devices": arguments.devices,
         "matmul_rate": rate,
         "rows": list(rows.values()),
         "ratios": ratios(rows),
@@ -241,7 +254,8 @@ def ratios(rows: dict[str, Any]) -> dict[str, float | None]:
 
 def table(found: dict[str, Any]) -> Table:
     """What a reader wants to see."""
-    title = f"batch {found['batch']}; matmul {found['matmul_rate'] / 1e9:.0f} GFLOP/s"
+    batch = f"batch {found['batch']} on {found['devices']} devices"
+    title = f"{batch}; matmul {found['matmul_rate'] / 1e9:.0f} GFLOP/s"
     made = Table(title=title)
     for column in ("", "", "sweeps", "ms", "quartiles", "GFLOP", "of matmul", "compile s"):
         made.add_column(column, justify="right" if column else "left")
@@ -279,6 +293,7 @@ def draw(found: dict[str, Any]) -> Figure:
 def main() -> None:
     """Measure, print, write."""
     arguments = tyro.cli(Arguments, description=__doc__)
+    divide_cpu(arguments.devices)
     found = run(arguments)
     console = Console()
     console.print(table(found))

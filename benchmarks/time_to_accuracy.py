@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from feedforward import feedforward_gradient
@@ -31,7 +30,7 @@ from ep_jax import training
 from ep_jax.checkpoint import write_json
 from ep_jax.data import Dataset, load
 from ep_jax.presets import PRESETS, Config, spec_of
-from ep_jax.run import optimizer_of, provenance
+from ep_jax.run import divide_cpu, optimizer_of, placements, provenance
 
 TARGETS = {"mnist": 1.0, "fashion_mnist": 9.0}
 """Per cent of the validation images."""
@@ -49,6 +48,8 @@ class Arguments:
     """A look: a fifth of an epoch of each method, on MNIST."""
     seed: int = 0
     """Seed of weights, order of the images and augmentation."""
+    devices: int = 1
+    """Devices among which each batch is divided; a core of a CPU can be one."""
     data_dir: str | None = None
     """Where the data lie; by default TFDS_DATA_DIR."""
 
@@ -87,9 +88,10 @@ def contestants(dataset: str) -> dict[str, Contestant]:
 
 
 def race(
-    contestant: Contestant, data: Dataset, seed: int, most_steps: int | None
+    contestant: Contestant, data: Dataset, seed: int, devices: int, most_steps: int | None
 ) -> dict[str, Any]:
     """The curve of one training: seconds, validation error, operations and spikes so far."""
+    place = placements(devices)
     config = contestant.config
     spec = spec_of(config, data.train_images.shape[1:], data.classes)
     rng = np.random.default_rng(seed)
@@ -109,23 +111,31 @@ def race(
         flip=config.flip,
         gradient=contestant.gradient,
     )
-    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    state, images, labels, step_key = jax.device_put(
+        (state, data.train_images, data.train_labels, keys[1]), place.everywhere
+    )
     made, compile_seconds = compiled(
-        jax.jit(steps, donate_argnums=0), state, images, labels, jnp.asarray(dispatches[0]), keys[1]
+        jax.jit(steps, donate_argnums=0, out_shardings=place.everywhere),
+        state,
+        images,
+        labels,
+        jax.device_put(dispatches[0], place.batches),
+        step_key,
     )
     units = [int(np.prod(shape)) for shape in spec.state_shapes]
     operations = contestant.operations(spec, config.phases, config.batch)
     seconds, spikes, curve = 0.0, 0.0, []
     for i, batches in enumerate(dispatches, start=1):
         began = time.perf_counter()
-        state, metrics = jax.block_until_ready(
-            made(state, images, labels, jnp.asarray(batches), keys[1])
-        )
+        here = jax.device_put(batches, place.batches)
+        state, metrics = jax.block_until_ready(made(state, images, labels, here, step_key))
         seconds += time.perf_counter() - began
         for info in filter(None, (metrics.free, metrics.nudged)):
             per_unit = [float(s.mean()) for s in info.spikes]
             spikes += batches.size * float(np.dot(per_unit, units))
-        answers, _ = training.predict(state.params, spec, contestant.answer, data.validation_images)
+        answers, _ = training.predict(
+            jax.device_get(state.params), spec, contestant.answer, data.validation_images
+        )
         done = i * batches.shape[0]
         curve.append(
             {
@@ -155,7 +165,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     for dataset in ("mnist",) if arguments.quick else arguments.datasets:
         data = load(dataset, data_dir=arguments.data_dir)
         for name, contestant in contestants(dataset).items():
-            raced = race(contestant, data, arguments.seed, 200 if arguments.quick else None)
+            most_steps = 200 if arguments.quick else None
+            raced = race(contestant, data, arguments.seed, arguments.devices, most_steps)
             row = {"dataset": dataset, "target": TARGETS[dataset], "name": name} | raced
             row["reached"] = first_stays_below(raced["curve"], TARGETS[dataset])
             rows.append(row)
@@ -163,7 +174,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
             Console(stderr=True).print(
                 f"{dataset}, {name}: {last['val_error']:.2f} % after {last['seconds']:.0f} s"
             )
-    found = {"seed": arguments.seed, "rows": rows}
+    found = {"seed": arguments.seed, "devices": arguments.devices, "rows": rows}
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "time_to_accuracy.json", found | provenance())
     draw(rows).savefig(arguments.out / "time_to_accuracy.png", dpi=150)
@@ -219,7 +230,9 @@ def table(found: dict[str, Any]) -> Table:
 
 def main() -> None:
     """Measure, print, write."""
-    Console().print(table(run(tyro.cli(Arguments, description=__doc__))))
+    arguments = tyro.cli(Arguments, description=__doc__)
+    divide_cpu(arguments.devices)
+    Console().print(table(run(arguments)))
 
 
 if __name__ == "__main__":

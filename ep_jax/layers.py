@@ -216,23 +216,21 @@ def pool(layer: Layer, convolved: jax.Array) -> jax.Array:
     return windows.mean((1, 3)) if layer.pool == "avg" else windows.max((1, 3))
 
 
-def unpool(layer: Layer, field: jax.Array, before: jax.Array | None) -> jax.Array:
-    """The transpose of the derivative of `pool` at `before`: to each unit what it passed on.
+def unpool(layer: Layer, field: jax.Array, shares: jax.Array | None) -> jax.Array:
+    """The transpose of the derivative of `pool`: to each unit what it passed on.
 
     Args:
         layer: the layer.
         field: a value for each unit after the pool.
-        before: what was pooled; only a max pool asks.
+        shares: what part of it each unit of a window gets, for a max pool its `winners`; ``None``
+            for a quarter.
     """
     if isinstance(layer, Dense) or layer.pool is None or _folds(layer):
         return field
-    spread = field[:, None, :, None]
-    if before is None:
-        spread = jnp.broadcast_to(spread / 4, (len(field), 2, field.shape[1], 2, field.shape[2]))
-    else:
-        spread = spread * winners(windows_of(before))
-    height, _, width, _, channels = spread.shape
-    return spread.reshape(2 * height, 2 * width, channels)
+    height, width, channels = field.shape
+    if shares is None:
+        shares = jnp.full((height, 2, width, 2, channels), 0.25, field.dtype)
+    return (field[:, None, :, None] * shares).reshape(2 * height, 2 * width, channels)
 
 
 def winners(windows: jax.Array) -> jax.Array:

@@ -235,12 +235,22 @@ def feedback(
     It is ``d <A_{l+1}(s_l), s_{l+1}> / d s_l``. Only a max pool depends on `here`: it routes what
     comes from above to the unit that won; the adjoint of an average pool spreads it evenly.
     """
-    if l + 2 < spec.depth:
-        above = ops.unpack(spec.layers[l + 2], spec.state_shapes[l + 1], above)
-    layer, below = spec.layers[l + 1], spec.shapes[l + 1]
-    before = None if is_linear(layer) else _convolve(spec, links, l + 1, here)
-    field = ops.unpool(layer, above, before)
-    return ops.adjoint(layer, below, links.matrices[l + 1], field)
+    shares = None
+    if not is_linear(spec.layers[l + 1]):
+        shares = ops.winners(ops.windows_of(_convolve(spec, links, l + 1, here)))
+    return _adjoint(spec, links, l + 1, _unpool(spec, l + 1, above, shares))
+
+
+def _unpool(spec: NetworkSpec, l: int, state: jax.Array, shares: jax.Array | None) -> jax.Array:
+    """`ep_jax.layers.unpool` of a packed state of layer ``l``."""
+    if l + 1 < spec.depth:
+        state = ops.unpack(spec.layers[l + 1], spec.state_shapes[l], state)
+    return ops.unpool(spec.layers[l], state, shares)
+
+
+def _adjoint(spec: NetworkSpec, links: Links, l: int, field: jax.Array) -> jax.Array:
+    """The transpose of `_convolve`."""
+    return ops.adjoint(spec.layers[l], spec.shapes[l], links.matrices[l], field)
 
 
 def is_linear(layer: Layer) -> bool:
@@ -345,16 +355,9 @@ def feedback_difference(
     unit, unit_above = units
     now = ops.winners(jnp.sign(unit) * _contest(spec, links, l + 1, d, behind, unit))
 
-    def spread(packed: jax.Array) -> jax.Array:
-        """A packed state of the layer above, one value for each window."""
-        if l + 2 < spec.depth:
-            packed = ops.unpack(spec.layers[l + 2], spec.state_shapes[l + 1], packed)
-        return packed[:, None, :, None]
-
-    field = now * spread(moved) + (now - ops.winners(behind)) * spread(base) / unit_above
-    height, _, width, _, channels = field.shape
-    field = field.reshape(2 * height, 2 * width, channels)
-    return ops.adjoint(spec.layers[l + 1], spec.shapes[l + 1], links.matrices[l + 1], field)
+    field = _unpool(spec, l + 1, moved, now)
+    field = field + _unpool(spec, l + 1, base / unit_above, now - ops.winners(behind))
+    return _adjoint(spec, links, l + 1, field)
 
 
 def _contest(

@@ -40,6 +40,8 @@ class Config:
     """Images in a step."""
     steps_per_dispatch: int = 100
     """Most optimisation steps in one call of the device."""
+    devices: int = 1
+    """Devices among which each batch is divided; a core of a CPU can be one."""
 
     channels: tuple[int, ...] = (32, 64)
     """Channels of the convolutional layers."""
@@ -107,8 +109,11 @@ class Config:
         check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("pool", self.pool, ("avg", "max", "none"))
         check_integer("seed", self.seed, at_least=0)
-        for name in ("epochs", "batch", "steps_per_dispatch"):
+        for name in ("epochs", "batch", "steps_per_dispatch", "devices"):
             check_integer(name, getattr(self, name), at_least=1)
+        if self.batch % self.devices:
+            raise ValueError(f"devices is {self.devices}; expected a divisor of the batch, which "
+                             f"is {self.batch}")  # fmt: skip
         if self.train_images is not None:
             check_integer("train_images", self.train_images, at_least=1)
         check_integer("shift", self.shift, at_least=0)

@@ -18,12 +18,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -88,6 +89,7 @@ def train(
             train_images=data.train_images[kept], train_labels=data.train_labels[kept]
         )
     spec = spec_of(config, data.train_images.shape[1:], data.classes)
+    place = placements(config.devices)
     plan = _batches(config, data, epoch=0)
     optimizer = optimizer_of(config, spec, config.epochs * plan.shape[0] * plan.shape[1])
     key = jax.random.key(config.seed)
@@ -110,11 +112,13 @@ def train(
         console.print(f"resumed after epoch {epoch} of {config.epochs}")
     write_json(out / "config.json", to_json(config))
 
-    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    state, images, labels, step_key = jax.device_put(
+        (state, data.train_images, data.train_labels, step_key), place.everywhere
+    )
     began = time.perf_counter()
     compiled = (
-        jax.jit(steps, donate_argnums=0)
-        .lower(state, images, labels, jnp.asarray(plan[0]), step_key)
+        jax.jit(steps, donate_argnums=0, out_shardings=place.everywhere)
+        .lower(state, images, labels, jax.device_put(plan[0], place.batches), step_key)
         .compile()
     )
     compile_seconds = time.perf_counter() - began
@@ -124,14 +128,17 @@ def train(
             began = time.perf_counter()
             measured: list[StepMetrics] = []
             for i, batches in enumerate(_batches(config, data, epoch), start=1):
-                state, metrics = compiled(state, images, labels, jnp.asarray(batches), step_key)
+                batches = jax.device_put(batches, place.batches)
+                state, metrics = compiled(state, images, labels, batches, step_key)
                 measured.append(jax.device_get(metrics))
                 _check_finite(measured[-1], epoch, (i - 1) * plan.shape[1])
                 if i < len(plan):
                     report(epoch, i, _describe(_mean([measured[-1]]), spec))
             seconds = time.perf_counter() - began
+            # Answers are computed on one device, and the parameters lie on all.
+            params = jax.device_get(state.params)
             answers, _ = training.predict(
-                state.params, spec, config.phases, data.validation_images, eval_key
+                params, spec, config.phases, data.validation_images, eval_key
             ) if config.validation != 0 else (None, None)  # fmt: skip
             record = {"epoch": epoch, "step": int(state.step)} | _record(_mean(measured), spec)
             record["val_error"] = (
@@ -153,8 +160,9 @@ def train(
             )
     checkpoints.close()
 
+    params = jax.device_get(state.params)
     result = {
-        **evaluate(state.params, spec, config.phases, data, eval_key),
+        **evaluate(params, spec, config.phases, data, eval_key),
         "val_error": [r["val_error"] for r in history],
         "seconds_per_epoch": float(np.median([r["seconds"] for r in history])),
         "compile_seconds": compile_seconds,
@@ -162,11 +170,52 @@ def train(
         "config": to_json(config),
         **provenance(),
     }
-    save_weights(out, state.params, spec, config.phases)
-    _draw(out / "figures", state.params, spec, config.phases, data, history, eval_key)
+    save_weights(out, params, spec, config.phases)
+    _draw(out / "figures", params, spec, config.phases, data, history, eval_key)
     write_json(out / "result.json", result)
     console.print(_summary(config, spec, result, out))
     return result
+
+
+def divide_cpu(devices: int) -> None:
+    """Make the cores of a CPU so many devices; GPUs and TPUs are what they are.
+
+    It comes before JAX's first use, and does nothing after it.
+    """
+    with contextlib.suppress(RuntimeError):  # `placements` tells what is missing
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+class Placements(NamedTuple):
+    """Where arrays lie when a batch is divided among devices.
+
+    Attributes:
+        everywhere: the same on all devices.
+        examples: ``[B, ...]``, divided.
+        batches: ``[steps, B]``, each step divided.
+    """
+
+    everywhere: NamedSharding
+    examples: NamedSharding
+    batches: NamedSharding
+
+
+def placements(devices: int) -> Placements:
+    """How to divide batches among so many devices; ``ValueError`` where there are fewer.
+
+    Example:
+        >>> x = jax.device_put(jnp.ones((4, 2)), placements(1).examples)
+    """
+    here = jax.local_devices()
+    if devices > len(here):
+        raise ValueError(
+            f"devices is {devices}; expected at most the {len(here)} that JAX has here. "
+            "The cores of a CPU are one device, unless "
+            f"ep_jax.run.divide_cpu({devices}) comes before JAX's first use"
+        )
+    mesh = Mesh(here[:devices], ("batch",))
+    axes = ((), ("batch",), (None, "batch"))
+    return Placements(*(NamedSharding(mesh, PartitionSpec(*names)) for names in axes))
 
 
 def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.GradientTransformation:

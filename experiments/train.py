@@ -1,7 +1,7 @@
 """Train a convolutional spiking network by Equilibrium Propagation.
 
     python experiments/train.py --preset digits --out runs/digits
-    python experiments/train.py --preset mnist --epochs 1 --out runs/mnist --feedback 0.1
+    python experiments/train.py --preset mnist --epochs 1 --out runs/mnist --devices 2
 
 A preset is a complete run; every field of it can be overridden. See ep_jax/presets.py.
 """
@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from ep_jax.presets import PRESETS, Config
-from ep_jax.run import DivergedError, train
+from ep_jax.run import DivergedError, divide_cpu, train
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Arguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
     """The run: defaults are the preset's."""
     preset: str = "digits"
-    """Complete run to start from: digits, mnist, mnist_sigma_delta or fashion_mnist."""
+    """Complete run to start from; one of ep_jax.PRESETS."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
 
@@ -47,6 +47,7 @@ def main() -> None:
     """Parse, train, and say in one line what was wrong where the input was."""
     try:
         arguments = parse(sys.argv[1:])
+        divide_cpu(arguments.config.devices)
         train(arguments.config, arguments.out, resume=arguments.resume)
     except (ValueError, TypeError, OSError, DivergedError) as error:
         sys.exit(f"train.py: error: {error}")

@@ -8,6 +8,11 @@ import hypothesis
 import jax
 import pytest
 
+from ep_jax.run import divide_cpu
+
+# The cores of a CPU as two devices, for what divides a batch.
+divide_cpu(2)
+
 # The same examples on every run and machine; nothing is written to disk.
 hypothesis.settings.register_profile(
     "ep_jax", max_examples=40, deadline=None, derandomize=True, database=None

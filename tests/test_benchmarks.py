@@ -40,6 +40,7 @@ def test_operations_of_a_tiny_network_by_hand() -> None:
     assert measure.feedforward_operations(TINY, 7) == 7 * (2 * everything + sweep // 2)
     expected = first + 5 * sweep - sweep + 2 * 3 * sweep + 2 * everything
     assert measure.ep_operations(TINY, phases, 7) == 7 * expected
+    assert measure.implicit_operations(TINY, phases, 1, 10) == 3 * first + (4 + 11 + 2) * sweep
     assert measure.bptt_operations(TINY, phases, 1) == 2 * first + 3 * 4 * sweep
     assert measure.bptt_operations(TINY, phases, 1, 2) == 2 * first + (4 + 2 * 2) * sweep
 

@@ -124,6 +124,27 @@ def flat_numbers(record: Any) -> Iterator[float]:
         yield record
 
 
+def test_a_batch_divided_among_devices(tmp_path: Path) -> None:
+    """Half a batch learned, or a mean over the devices of what is no mean."""
+    config = dataclasses.replace(TINY, epochs=1, devices=2)
+    one = train(dataclasses.replace(config, devices=1), tmp_path / "one")
+    two = train(config, tmp_path / "two")
+    records = [json.loads((tmp_path / n / "metrics.jsonl").read_text()) for n in ("one", "two")]
+    # Sums in another order: float32 rounding, grown by ten steps of training.
+    np.testing.assert_allclose(*(r["gradient_norm"] for r in records), rtol=1e-3)
+    np.testing.assert_allclose(*(r["curve"]["loss"] for r in records), rtol=1e-3)
+    assert (one["config"]["devices"], two["config"]["devices"]) == (1, 2)
+
+
+def test_more_devices_than_there_are(tmp_path: Path) -> None:
+    """A run that silently takes fewer devices."""
+    config = dataclasses.replace(TINY, devices=4)
+    with pytest.raises(ValueError, match=r"devices is 4; expected at most the 2 .*divide_cpu\(4\)"):
+        train(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="devices is 3; expected a divisor of the batch"):
+        dataclasses.replace(TINY, devices=3)
+
+
 def test_more_training_images_than_there_are(tmp_path: Path) -> None:
     """A limit that nobody notices: a run on fewer images than its record says."""
     config = dataclasses.replace(TINY, train_images=999)
