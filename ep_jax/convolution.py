@@ -185,6 +185,14 @@ def looped_rows(window: Window, packed: jax.Array, matrix: jax.Array) -> jax.Arr
     )[0]
 
 
+def _apart(corner: jax.Array) -> jax.Array:
+    """The same, not fused with what reads it: XLA (jaxlib 0.10) fails to compile some such fusions.
+
+    It confuses the slice of the corners with the slice at the corner.
+    """
+    return jax.lax.optimization_barrier(corner)
+
+
 def _product(
     window: Window, packed: jax.Array, columns: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -194,6 +202,7 @@ def _product(
     padded = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
 
     def product(corner: jax.Array, weights: jax.Array) -> jax.Array:
+        corner = _apart(corner)
         rows = jax.lax.dynamic_slice(
             padded, (corner[0], corner[1], 0), (height, width + columns - 1, padded.shape[-1])
         )
@@ -223,7 +232,7 @@ def looped_transpose(
         ]
 
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        corner, weights = part
+        corner, weights = _apart(part[0]), part[1]
         for j, here in enumerate(said(weights)):
             place = (corner[0], corner[1] + j, 0)
             old = jax.lax.dynamic_slice(total, place, here.shape)

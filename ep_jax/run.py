@@ -171,8 +171,8 @@ def train(
         **provenance(),
     }
     save_weights(out, params, spec, config.phases)
-    _draw(out / "figures", params, spec, config.phases, data, history, eval_key)
     write_json(out / "result.json", result)
+    _draw(out / "figures", params, spec, config.phases, data, history, eval_key)
     console.print(_summary(config, spec, result, out))
     return result
 

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 import ep_jax as ep
-from ep_jax import run, training
+from ep_jax import plots, run, training
 from ep_jax.data import load, to_float
 from ep_jax.gradients import GRADIENTS
 from ep_jax.presets import PRESETS, Config, spec_of
@@ -122,6 +122,22 @@ def flat_numbers(record: Any) -> Iterator[float]:
             yield from flat_numbers(value)
     elif isinstance(record, int | float):
         yield record
+
+
+@pytest.mark.parametrize("preset", ["mnist", "mnist_rate"])
+def test_a_free_phase_is_recorded_at_full_size(preset: str) -> None:
+    """A program the compiler chokes on after hours of training; energy that rises.
+
+    A jaxlib failed to compile just this one, of rate neurons.
+    """
+    config = PRESETS[preset]
+    spec = spec_of(config, (28, 28, 1), 10)
+    params = ep.init_params(jax.random.key(0), spec, config.gain)
+    xs = jax.random.uniform(jax.random.key(1), (64, 28, 28, 1))
+    seen = plots.record_free_phase(params, spec, config.phases, xs, jax.random.key(2))
+    assert seen.energy.shape == (config.phases.free,)
+    assert seen.energy[-1] < 0  # the energy of the zero state it starts from is 0
+    assert [s.shape[1:] for s in seen.spikes] == list(spec.state_shapes)
 
 
 def test_a_batch_divided_among_devices(tmp_path: Path) -> None:
