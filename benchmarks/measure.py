@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import ep_jax as ep
-from ep_jax import dynamics, network
+from ep_jax import dynamics
+from ep_jax.diagnostics import connections
 from ep_jax.gradients.equilibrium import nudges
-from ep_jax.layers import Layer
 from ep_jax.presets import PRESETS, spec_of
 from ep_jax.run import placements
 
@@ -191,19 +191,7 @@ def _bytes(tree: Any) -> int:
 
 def products(spec: ep.NetworkSpec) -> list[int]:
     """Operations of one drive of each layer, of one example; its adjoint has as many."""
-    links = jax.eval_shape(lambda: network.link(ep.init_params(jax.random.key(0), spec), spec))
-    return [
-        2 * _places(layer, shape) * math.prod(matrix.shape)
-        for layer, shape, matrix in zip(spec.layers, spec.state_shapes, links.matrices, strict=True)
-    ]
-
-
-def _places(layer: Layer, shape: tuple[int, ...]) -> int:
-    """Positions at which a layer's matrix is applied: those before a pool that is not folded."""
-    places = math.prod(shape[:-1])
-    if isinstance(layer, ep.Dense) or layer.pool is None or (layer.pool == "avg" and layer.fold):
-        return places
-    return 4 * places
+    return [2 * n for n in connections(spec)]
 
 
 def phase_operations(

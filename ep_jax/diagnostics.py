@@ -24,6 +24,7 @@ from ep_jax.costs import cost
 from ep_jax.dynamics import PhaseInfo, Phases
 from ep_jax.gradients.batch import check, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
+from ep_jax.layers import Dense, Layer
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
 
@@ -375,6 +376,52 @@ def spikes_per_neuron(info: PhaseInfo, spec: NetworkSpec) -> float:
     """
     sizes = [math.prod(shape) for shape in spec.state_shapes]
     return sum(float(s) * n for s, n in zip(info.spikes, sizes, strict=True)) / sum(sizes)
+
+
+def connections(spec: NetworkSpec) -> tuple[int, ...]:
+    """Products of one drive of each layer of one example; its adjoint has as many.
+
+    Connections, counted with those that share a weight. A folded average pool is counted as such.
+
+    Example:
+        >>> connections(NetworkSpec((8,), (network.Dense(4), network.Dense(2))))
+        (32, 8)
+    """
+    params = jax.eval_shape(lambda: network.init_params(jax.random.key(0), spec))
+    links = jax.eval_shape(lambda p: network.link(p, spec), params)
+    return tuple(
+        _places(layer, shape) * math.prod(matrix.shape)
+        for layer, shape, matrix in zip(
+            spec.layers, spec.state_shapes, links.matrices, strict=False
+        )
+    )
+
+
+def _places(layer: Layer, shape: tuple[int, ...]) -> int:
+    """Positions at which a layer's matrix is applied: those before a pool that is not folded."""
+    places = math.prod(shape[:-1])
+    if isinstance(layer, Dense) or layer.pool is None or (layer.pool == "avg" and layer.fold):
+        return places
+    return 4 * places
+
+
+def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:
+    """Additions that spikes cause at their targets, above and below; of one example.
+
+    The drive by the input, which is no spike train, is not among them.
+
+    Args:
+        spec: the network.
+        spikes: spikes per neuron of each layer, as in `ep_jax.PhaseInfo`.
+
+    Example:
+        >>> spec = NetworkSpec((8,), (network.Dense(4), network.Dense(2)))
+        >>> synaptic_operations(spec, (1.5, 2.0))  # 8 connections, used in both directions
+        28.0
+    """
+    count = connections(spec)
+    up, down = (*count[1:], 0), (0, *count[1:])
+    return float(sum(float(s) * (a + b) for s, a, b in zip(spikes, up, down, strict=True)))
 
 
 def spectral_radius(

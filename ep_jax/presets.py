@@ -186,6 +186,26 @@ _MNIST_RATE = replace(
     _MNIST, neuron="rate", feedback=0.03, phases=replace(_PHASES, free=5, nudged=3)
 )
 
+_FASHION, _FASHION_RATE = (
+    replace(config, dataset="fashion_mnist", shift=0) for config in (_MNIST, _MNIST_RATE)
+)
+
+
+def _compared(name: str, spiking: Config, rate: Config) -> dict[str, Config]:
+    """A network by EP, and by what EP is compared with: the same layers and the same budget.
+
+    Of BPTT only the free phase counts. With one ordered sweep from zero it is feed-forward
+    backprop: no layer has heard from above when it answers.
+    """
+    return {
+        name: spiking,
+        f"{name}_rate": rate,
+        f"{name}_bptt": replace(spiking, gradient="bptt"),
+        f"{name}_rate_bptt": replace(rate, gradient="bptt"),
+        f"{name}_backprop": replace(rate, gradient="bptt", phases=replace(rate.phases, free=1)),
+    }
+
+
 PRESETS: dict[str, Config] = {
     "digits": Config(
         dataset="digits",
@@ -197,7 +217,7 @@ PRESETS: dict[str, Config] = {
         delta_code=_CODE,
         phases=_PHASES,
     ),
-    "mnist": _MNIST,
+    **_compared("mnist", _MNIST, _MNIST_RATE),
     "mnist_sigma_delta": replace(
         _MNIST,
         gain=1.0,
@@ -205,8 +225,6 @@ PRESETS: dict[str, Config] = {
         sigma_delta=SigmaDelta(lam_power=0.75, nudged_quantum=0.3),
         phases=replace(_PHASES, free=25, nudged=12, sweep="alternating"),
     ),
-    "mnist_rate": _MNIST_RATE,
-    "fashion_mnist": replace(_MNIST, dataset="fashion_mnist", shift=0),
-    "fashion_mnist_rate": replace(_MNIST_RATE, dataset="fashion_mnist", shift=0),
+    **_compared("fashion_mnist", _FASHION, _FASHION_RATE),
 }
 """Complete runs by name."""

@@ -32,7 +32,7 @@ from rich.table import Column, Table
 from ep_jax import plots, training
 from ep_jax.checkpoint import Checkpoints, save_weights, to_json, write_atomically, write_json
 from ep_jax.data import Dataset, load, to_float
-from ep_jax.diagnostics import spikes_per_neuron
+from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
 from ep_jax.dynamics import Phases
 from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec, Params
@@ -164,6 +164,7 @@ def train(
     result = {
         **evaluate(params, spec, config.phases, data, eval_key),
         "val_error": [r["val_error"] for r in history],
+        "last_epoch": {name: v for name, v in history[-1].items() if name != "curve"},
         "seconds_per_epoch": float(np.median([r["seconds"] for r in history])),
         "compile_seconds": compile_seconds,
         "seed": config.seed,
@@ -237,7 +238,8 @@ def evaluate(
     The two agree where the answers come from an equilibrium and not from a transient.
 
     Returns:
-        ``test_error``, ``test_error_4x`` and ``spikes_per_neuron`` (of one inference, per layer).
+        ``test_error``, ``test_error_4x``; of one inference: ``spikes_per_neuron`` of each layer,
+        and ``synaptic_operations``.
     """
     longer = dataclasses.replace(phases, free=4 * phases.free)
     answers, info = training.predict(params, spec, phases, data.test_images, key)
@@ -246,6 +248,7 @@ def evaluate(
         "test_error": training.error_rate(answers, data.test_labels),
         "test_error_4x": training.error_rate(answers_4x, data.test_labels),
         "spikes_per_neuron": [float(s) for s in info.spikes],
+        "synaptic_operations": synaptic_operations(spec, info.spikes),
     }
 
 

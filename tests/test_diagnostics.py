@@ -14,13 +14,14 @@ from helpers import (
     flat,
     make_batch,
     make_params,
+    make_state,
     reference_current,
     relative_error,
 )
 from jax.flatten_util import ravel_pytree
 
 import ep_jax as ep
-from ep_jax import diagnostics
+from ep_jax import diagnostics, network
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -252,6 +253,27 @@ def test_multistable_network_is_warned_of() -> None:
 
 
 # Distance to the fixed points of rates.
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_connections_are_what_a_drive_hangs_on(fold: bool) -> None:
+    """A kernel of the wrong size, positions before and after the pool confused."""
+    spec = ep.NetworkSpec(
+        (8, 8, 1), (ep.Conv(2, 3), ep.Conv(3, 2, "avg", fold=fold), ep.Dense(2)), ep.Rate()
+    )
+    params = make_params(spec)
+    links = network.link(params, spec)
+    first = jax.jacobian(lambda x: network.input_drive(spec, links, x))(jnp.zeros((8, 8, 1)))
+    counted = diagnostics.connections(spec)
+    assert counted[0] == np.count_nonzero(first)
+    if fold:
+        below = network.pack(spec, make_state(spec))[0]
+        second = jax.jacobian(lambda s: network.drive(spec, links, 1, s))(below)
+        assert counted[1] == np.count_nonzero(second)
+    else:  # 2x2 kernels at 2x2 positions that are pooled
+        assert counted[1] == 4 * (2 * 2 * 2) * 3
+    assert diagnostics.synaptic_operations(spec, (1.0, 0.0, 0.0)) == counted[1]
+    assert diagnostics.synaptic_operations(spec, (0.0, 1.0, 0.0)) == counted[1] + counted[2]
 
 
 def test_distance_to_rates_falls_with_the_quantum() -> None:

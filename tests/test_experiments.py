@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anytime
 import common
 import frontier
 import gradient_check
@@ -14,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pooling
 import pytest
+import results_table
 
 import ep_jax as ep
+from ep_jax import training
 
 
 def images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -111,3 +115,56 @@ def test_intervals_and_json() -> None:
     np.testing.assert_allclose(half, 2.7764 * np.sqrt(2.5) / np.sqrt(5), rtol=1e-4)
     tree = {"a": jnp.array([1.0, np.nan]), "b": (np.float32(2), "x", None)}
     assert common.plain(tree) == {"a": [1.0, None], "b": [2.0, "x", None]}
+
+
+def test_the_answer_after_each_sweep() -> None:
+    """A sweep off by one, or spikes that are not summed up."""
+    layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
+    spec = ep.NetworkSpec((8, 8, 1), layers, ep.DeltaCode(), feedback=0.1)
+    params = ep.init_params(jax.random.key(0), spec)
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1)).astype(np.uint8)
+    phases = ep.Phases(free=8, sweep="ordered")
+    answers, spikes = anytime.follow(params, spec, phases, pictures, batch=3)
+    assert answers.shape == (8, 6)
+    for sweeps in (3, 8):
+        expected, info = training.predict(params, spec, replace(phases, free=sweeps), pictures)
+        assert (answers[sweeps - 1] == expected).all()
+        np.testing.assert_allclose(spikes[sweeps - 1], info.spikes, rtol=1e-5)
+
+
+def result_file(path: Path, seed: int, error: float, epochs: int = 10) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = {
+        "seed": seed,
+        "epochs": epochs,
+        "gradient": "ep",
+        "phases": {"free": 9, "nudged": 6},
+    }
+    result = {
+        "seed": seed,
+        "config": config,
+        "test_error": error,
+        "test_error_4x": error + 0.01,
+        "val_error": [3.0, 1.0],
+        "last_epoch": {"spikes_free": 0.5, "spikes_nudged": 0.0},
+        "synaptic_operations": 1.5e6,
+    }
+    path.write_text(json.dumps(result))
+
+
+def test_results_become_a_table(tmp_path: Path) -> None:
+    """Mean and spread over seeds, and runs that do not belong together."""
+    for seed, error in enumerate((0.5, 0.6, 0.7)):
+        result_file(tmp_path / "mnist" / "preset" / f"seed{seed}.json", seed, error)
+    result_file(tmp_path / "mnist" / "single" / "seed0.json", 0, 0.4)
+    *_, many, one = results_table.table(tmp_path).splitlines()
+    assert many == (
+        "| mnist | `preset` | 0, 1, 2 | 10 | 9/6 | 0.60 ± 0.10 | 0.61 ± 0.10 | 1.00 ± 0.00 "
+        "| 0.50 | – | 1.5e+06 |"
+    )
+    assert "| 0.40 |" in one
+    result_file(tmp_path / "mnist" / "preset" / "seed3.json", 3, 0.5, epochs=20)
+    with pytest.raises(ValueError, match="mnist/preset holds runs whose configurations differ"):
+        results_table.table(tmp_path)
+    with pytest.raises(ValueError, match="expected a folder with DATASET/NAME"):
+        results_table.table(tmp_path / "mnist" / "single")

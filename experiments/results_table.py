@@ -1,0 +1,104 @@
+"""The README's table of results, from the result files of many runs.
+
+    python experiments/results_table.py --results results/table
+
+A result file is the ``result.json`` of a run, kept as ``DATASET/NAME/seedN.json``; a row is a name,
+over its seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The README's table of results."""
+
+    results: Path
+    """Folder with DATASET/NAME/seedN.json."""
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation; one value by itself."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+HEAD = (
+    "data",
+    "run",
+    "seeds",
+    "epochs",
+    "sweeps",
+    "test error, %",
+    "at 4 times the sweeps, %",
+    "validation error, %",
+    "spikes, free phase",
+    "spikes, nudged phase",
+    "synaptic operations",
+)
+
+
+def row(dataset: str, name: str, found: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """One line: the runs of one name, which differ in their seed alone."""
+    configs = [{k: v for k, v in f["config"].items() if k != "seed"} for f in found]
+    if any(config != configs[0] for config in configs):
+        raise ValueError(f"{dataset}/{name} holds runs whose configurations differ in more than "
+                         "the seed; expected runs of one preset")  # fmt: skip
+    config, phases = configs[0], configs[0]["phases"]
+    ep_run = config["gradient"] == "ep"
+
+    def mean(values: Sequence[float], shown: str) -> str:
+        value = statistics.mean(values)
+        return format(value, shown) if value else "–"
+
+    return (
+        dataset,
+        f"`{name}`",
+        ", ".join(str(f["seed"]) for f in found),
+        str(config["epochs"]),
+        f"{phases['free']}/{phases['nudged']}" if ep_run else str(phases["free"]),
+        spread([f["test_error"] for f in found]),
+        spread([f["test_error_4x"] for f in found]),
+        spread([f["val_error"][-1] for f in found]),
+        mean([f["last_epoch"]["spikes_free"] for f in found], ".2f"),
+        mean([f["last_epoch"]["spikes_nudged"] for f in found], ".3f"),
+        mean([f["synaptic_operations"] for f in found], ".1e"),
+    )
+
+
+def table(results: Path) -> str:
+    """The table in Markdown."""
+    rows = []
+    for folder in sorted(results.glob("*/*")):
+        files = sorted(folder.glob("seed*.json"))
+        if files:
+            found = [json.loads(file.read_text()) for file in files]
+            rows.append(row(folder.parent.name, folder.name, found))
+    if not rows:
+        raise ValueError(f"results is {str(results)!r}; expected a folder with "
+                         "DATASET/NAME/seedN.json")  # fmt: skip
+    lines = [HEAD, ["---"] * len(HEAD), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    """Print it."""
+    try:
+        print(table(tyro.cli(Arguments, description=__doc__).results), end="")
+    except (ValueError, OSError) as error:
+        sys.exit(f"results_table.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
