@@ -92,6 +92,7 @@ def points(quick: bool) -> Iterator[dict[str, Any]]:
 
 def measure(method: str, neuron: str, point: dict[str, Any]) -> dict[str, Any]:
     """Bytes of one gradient."""
+    jax.clear_caches()  # the programs of the cases before: a process can hold some hundred
     model = NEURONS[neuron]
     if method == "EP, holomorphic":
         model = ep.Rate(activation="tanh")

@@ -3,16 +3,17 @@
     python benchmarks/report.py --out results/benchmarks --devices 2
     python benchmarks/report.py --out runs/benchmarks --quick
 
-The same command on CPU, GPU and TPU. Writes a JSON file and a figure for each benchmark and
-report.md, the tables. PyTorch is compared where it is installed (``pip install -e '.[peer]'``).
+The same command on CPU, GPU and TPU. Writes a JSON file and a figure for each benchmark, and
+report.md with the tables of all that lie in the folder. PyTorch is compared where it is installed (``pip install -e '.[peer]'``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import memory
 import scaling
@@ -22,7 +23,7 @@ import tyro
 from rich.console import Console
 
 from ep_jax.checkpoint import write_atomically
-from ep_jax.run import divide_cpu, provenance
+from ep_jax.run import divide_cpu
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,13 @@ class Arguments:
     """Folder for JSON files, figures and report.md."""
     quick: bool = False
     """A look: few points, few calls, a fifth of an epoch."""
-    train: bool = True
-    """Whether to train until a validation error is reached, which takes longest."""
+    parts: tuple[Literal["memory", "speed", "scaling", "time_to_accuracy"], ...] = (
+        "memory",
+        "speed",
+        "scaling",
+        "time_to_accuracy",
+    )
+    """What to run; the last takes longest."""
     devices: int = 1
     """Devices among which batches are divided, in the parts on speed and accuracy."""
     data_dir: str | None = None
@@ -126,27 +132,46 @@ def accuracy_section(found: dict[str, Any]) -> str:
     return f"## Time to accuracy\n\n{markdown(head, rows)}\n![](time_to_accuracy.png)\n"
 
 
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "memory": memory_section,
+    "speed": speed_section,
+    "scaling": scaling_section,
+    "time_to_accuracy": accuracy_section,
+}
+
+
+def report(folder: Path) -> str:
+    """The tables of the benchmarks whose results lie in a folder."""
+    text = "# Benchmarks\n"
+    for name, section in SECTIONS.items():
+        if (folder / f"{name}.json").exists():
+            found = json.loads((folder / f"{name}.json").read_text())
+            versions = ", ".join(f"{n} {v}" for n, v in found["versions"].items())
+            made = f"{found['device']}; commit {found['commit']}; {versions}"
+            text += f"\n{section(found)}\n*{made}*\n"
+    return text
+
+
 def main() -> None:
     """Run, gather, write."""
     arguments = tyro.cli(Arguments, description=__doc__)
     out, quick, devices = arguments.out, arguments.quick, arguments.devices
     divide_cpu(devices)
-    made = provenance()
-    # Memory first: the peak that a device reports is that of the process up to now.
-    parts = [
-        f"# Benchmarks\n\n{made['device']}; commit {made['commit']}; "
-        + ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-        + "\n",
-        memory_section(memory.run(memory.Arguments(out, quick=quick))),
-        speed_section(speed.run(speed.Arguments(out, quick=quick, devices=devices))),
-        scaling_section(scaling.run(scaling.Arguments(out, quick=quick))),
-    ]
-    if arguments.train:
-        race = time_to_accuracy.Arguments(
-            out, quick=quick, devices=devices, data_dir=arguments.data_dir
-        )
-        parts.append(accuracy_section(time_to_accuracy.run(race)))
-    write_atomically(out / "report.md", "\n".join(parts).encode())
+    for part in arguments.parts:
+        # The first by default: the peak that a device reports is that of the process up to now.
+        if part == "memory":
+            memory.run(memory.Arguments(out, quick=quick))
+        elif part == "speed":
+            speed.run(speed.Arguments(out, quick=quick, devices=devices))
+        elif part == "scaling":
+            scaling.run(scaling.Arguments(out, quick=quick))
+        else:
+            time_to_accuracy.run(
+                time_to_accuracy.Arguments(
+                    out, quick=quick, devices=devices, data_dir=arguments.data_dir
+                )
+            )
+    write_atomically(out / "report.md", report(out).encode())
     Console().print(f"written to {out / 'report.md'}")
 
 

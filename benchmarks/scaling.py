@@ -79,6 +79,7 @@ def points(quick: bool) -> Iterator[dict[str, Any]]:
 
 def time_at(point: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
     """Time of a gradient by each method, taking turns."""
+    jax.clear_caches()  # the programs of the points before
     phases = replace(PRESET.phases, free=point["free"], nudged=point["nudged"])
     calls = {}
     for name, (gradient, neuron) in METHODS.items():
@@ -94,6 +95,7 @@ def time_at(point: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
 
 def sweeps_needed(convolutions: int, neuron: ep.Neuron, cosine: float = 0.99) -> int | None:
     """Fewest free and nudged sweeps with this cosine in every layer; ``None``: more than tried."""
+    jax.clear_caches()
     spec = deep(convolutions, neuron)
     params, xs, ys = problem(spec, 16)
     exact = jitted_exact(params, spec, xs, ys)
