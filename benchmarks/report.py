@@ -4,7 +4,8 @@
     python benchmarks/report.py --out runs/benchmarks --quick
 
 The same command on CPU, GPU and TPU. Writes a JSON file and a figure for each benchmark, and
-report.md with the tables of all that lie in the folder. PyTorch is compared where it is installed (``pip install -e '.[peer]'``).
+report.md with the tables of all that lie in the folder. PyTorch is compared where it is installed
+(``pip install -e '.[peer]'``).
 """
 
 from __future__ import annotations
