@@ -6,13 +6,15 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 import ep_jax as ep
 from ep_jax import dynamics
@@ -133,6 +135,13 @@ def matmul_call(size: int = 2048) -> Callable[[], Any]:
 def matmul_rate(timing: Timing, size: int = 2048) -> float:
     """Operations per second of `matmul_call`."""
     return 2 * size**3 / timing.seconds
+
+
+def label_sizes(axis: Axes, sizes: Iterable[float]) -> None:
+    """Ticks of a logarithmic x-axis at the sizes that were measured, and nowhere else."""
+    sizes = sorted(set(sizes))
+    axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 # Memory.

@@ -25,6 +25,7 @@ from measure import (
     compiled,
     device_peak,
     jitted,
+    label_sizes,
     lower_bound,
     memory,
     network_at,
@@ -189,6 +190,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
                     lowest = [b / MIB for b in bounds]
                     panel.plot(xs, lowest, "k--", lw=1, label="lower bound of EP, one-sided")
             panel.set(title=f"{neuron}", xlabel=axis, xscale="log", yscale="log")
+            label_sizes(panel, (r[axes_of[axis]] for r in rows if r["axis"] == axis))
             panel.grid(alpha=0.3)
         panels[i, 0].set_ylabel("temporary memory, MiB")
     handles = panels[0, 0].get_legend_handles_labels()

@@ -24,6 +24,7 @@ from measure import (
     compiled,
     deep,
     jitted,
+    label_sizes,
     network_at,
     problem,
     timings,
@@ -161,12 +162,14 @@ def draw(found: dict[str, Any]) -> Figure:
                 sizes, [1e3 * s for s in seconds], "o-", ms=4, label=f"{method}: {slope:.2f}"
             )
         panel.set(xlabel=axis, ylabel="ms a gradient", xscale="log", yscale="log")
+        label_sizes(panel, line(found["rows"], axis, "EP, rate")[0])
         panel.legend(title="exponent", fontsize=8)
     for method in METHODS:
         sizes, seconds = line(found["rows"], "batch", method)
         rate = [n / s for n, s in zip(sizes, seconds, strict=True)]
         panels[4].plot(sizes, rate, "o-", ms=4, label=method)
     panels[4].set(xlabel="batch", ylabel="images a second", xscale="log", yscale="log")
+    label_sizes(panels[4], line(found["rows"], "batch", "EP, rate")[0])
     for method in METHODS:
         chosen = [r for r in found["sweeps_needed"] if r["method"] == method and r["sweeps"]]
         if chosen:

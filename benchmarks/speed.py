@@ -203,7 +203,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
                 "compile_seconds": took,
                 "operations": case.operations,
                 "per_call": many,
-                "sweeps": f"{case.phases.free}/{case.phases.nudged}",
+                "sweeps": "–"
+                if case.gradient is feedforward_gradient
+                else f"{case.phases.free}/{case.phases.nudged}",
             }
     calls |= {f"gradient: {name}": call for name, call in peers.items()}
     rows |= {f"gradient: {name}": {"part": "gradient", "name": name} for name in peers}
@@ -280,11 +282,13 @@ def draw(found: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(8, 0.35 * len(rows) + 1), layout="constrained")
     axis = figure.subplots()
     colours = {"gradient": "tab:blue", "training step": "tab:orange"}
-    axis.barh(
+    bars = axis.barh(
         [f"{r['part']}: {r['name']}" for r in rows],
         [1e3 * r["seconds"] for r in rows],
         color=[colours[r["part"]] for r in rows],
     )
+    axis.bar_label(bars, fmt="%.3g", padding=3)
+    axis.margins(x=0.15)
     axis.set(xlabel=f"ms, batch {found['batch']}", xscale="log")
     axis.grid(alpha=0.3, axis="x")
     return figure
