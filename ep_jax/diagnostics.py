@@ -24,7 +24,7 @@ from ep_jax.costs import cost
 from ep_jax.dynamics import PhaseInfo, Phases
 from ep_jax.gradients.batch import check, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
-from ep_jax.layers import Dense, Layer
+from ep_jax.layers import places
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
 
@@ -387,22 +387,13 @@ def connections(spec: NetworkSpec) -> tuple[int, ...]:
         >>> connections(NetworkSpec((8,), (network.Dense(4), network.Dense(2))))
         (32, 8)
     """
-    params = jax.eval_shape(lambda: network.init_params(jax.random.key(0), spec))
-    links = jax.eval_shape(lambda p: network.link(p, spec), params)
+    links = jax.eval_shape(lambda: network.link(network.init_params(jax.random.key(0), spec), spec))
     return tuple(
-        _places(layer, shape) * math.prod(matrix.shape)
+        places(layer, shape) * math.prod(matrix.shape)
         for layer, shape, matrix in zip(
             spec.layers, spec.state_shapes, links.matrices, strict=False
         )
     )
-
-
-def _places(layer: Layer, shape: tuple[int, ...]) -> int:
-    """Positions at which a layer's matrix is applied: those before a pool that is not folded."""
-    places = math.prod(shape[:-1])
-    if isinstance(layer, Dense) or layer.pool is None or (layer.pool == "avg" and layer.fold):
-        return places
-    return 4 * places
 
 
 def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:

@@ -208,6 +208,18 @@ def adjoint(layer: Layer, below: Shape, matrix: jax.Array, field: jax.Array) -> 
     return convolution.transpose(_window(layer, below), packed, field, matrix)
 
 
+def places(layer: Layer, shape: Shape) -> int:
+    """Positions at which `convolve` applies a layer's matrix: those before a pool left to do.
+
+    Args:
+        layer: the layer.
+        shape: logical shape of its state.
+    """
+    count = math.prod(shape[:-1])
+    pooled_later = isinstance(layer, Conv) and layer.pool is not None and not _folds(layer)
+    return 4 * count if pooled_later else count
+
+
 def pool(layer: Layer, convolved: jax.Array) -> jax.Array:
     """The pool that is left to do on what `convolve` returns."""
     if isinstance(layer, Dense) or layer.pool is None or _folds(layer):

@@ -127,7 +127,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """A line a sweep, up to a little after the usual ones."""
+    """A line a sweep."""
     made = Table(title=f"{found['dataset']}: the answer after each sweep")
     for column in ("sweeps", "error, %", "spikes per neuron", "synaptic operations"):
         made.add_column(column, justify="right")

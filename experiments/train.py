@@ -29,7 +29,7 @@ class Arguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
     """The run: defaults are the preset's."""
     preset: str = "digits"
-    """Complete run to start from; one of ep_jax.PRESETS."""
+    """Complete run to start from; one of ep_jax.presets.PRESETS."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
 
