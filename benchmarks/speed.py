@@ -152,7 +152,7 @@ def prepare_step(case: Case, batch: int, devices: int) -> tuple[Callable[[], Any
     place = placements(devices)
     optimizer = optimizer_of(PRESET, case.spec, 1000)
     run = training.make_train_steps(
-        case.spec, case.phases, optimizer, shift=PRESET.shift, gradient=case.gradient
+        case.spec, case.phases, optimizer, augmentation=PRESET.augmentation, gradient=case.gradient
     )
     state = training.init_train_state(jax.random.key(0), case.spec, optimizer, PRESET.gain)
     keys = jax.random.split(jax.random.key(1))

@@ -107,8 +107,7 @@ def race(
         spec,
         config.phases,
         optimizer,
-        shift=config.shift,
-        flip=config.flip,
+        augmentation=config.augmentation,
         gradient=contestant.gradient,
     )
     state, images, labels, step_key = jax.device_put(

@@ -16,6 +16,7 @@ from ep_jax.gradients import GRADIENTS
 from ep_jax.layers import Conv, Dense, Layer
 from ep_jax.network import NetworkSpec
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
+from ep_jax.training import Augmentation
 
 NEURONS = ("rate", "sigma_delta", "delta_code", "bernoulli", "integrate_fire")
 
@@ -98,10 +99,8 @@ class Config:
     """Share of the training during which the learning rate rises from 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay (not on biases)."""
-    shift: int = 0
-    """Augmentation: shift the images by up to this many pixels."""
-    flip: bool = False
-    """Augmentation: mirror half of the images left to right."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """How the training images are varied."""
 
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, DATASETS)
@@ -116,7 +115,6 @@ class Config:
                              f"is {self.batch}")  # fmt: skip
         if self.train_images is not None:
             check_integer("train_images", self.train_images, at_least=1)
-        check_integer("shift", self.shift, at_least=0)
         check_number("feedback", self.feedback, above=0.0, at_most=1.0)
         for name in ("learning_rate", "gain"):
             check_number(name, getattr(self, name), above=0.0)
@@ -179,7 +177,7 @@ _MNIST = Config(
     delta_code=_CODE,
     phases=_PHASES,
     weight_decay=0.05,
-    shift=1,
+    augmentation=Augmentation(shift=1),
 )
 
 _MNIST_RATE = replace(
@@ -187,7 +185,8 @@ _MNIST_RATE = replace(
 )
 
 _FASHION, _FASHION_RATE = (
-    replace(config, dataset="fashion_mnist", shift=0) for config in (_MNIST, _MNIST_RATE)
+    replace(config, dataset="fashion_mnist", augmentation=Augmentation())
+    for config in (_MNIST, _MNIST_RATE)
 )
 
 

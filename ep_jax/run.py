@@ -99,8 +99,7 @@ def train(
         spec,
         config.phases,
         optimizer,
-        shift=config.shift,
-        flip=config.flip,
+        augmentation=config.augmentation,
         gradient=GRADIENTS[config.gradient],
     )
 

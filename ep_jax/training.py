@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
@@ -118,31 +119,101 @@ def init_train_state(
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def augment(key: jax.Array, images: jax.Array, shift: int, flip: bool) -> jax.Array:
-    """Shift each image by up to `shift` pixels in both directions and mirror it at random.
+@dataclass(frozen=True)
+class Augmentation:
+    """How the training images are varied, each image on its own; by default not at all.
 
-    Args:
-        key: random key.
-        images: ``[B, H, W, C]``; what moves in from outside is 0.
-        shift: largest shift in pixels; 0 leaves the images in place.
-        flip: mirror half of the images left to right.
+    What moves in from outside an image is 0.
+    """
+
+    shift: int = 0
+    """Shift by up to this many whole pixels along both axes."""
+    rotate: float = 0.0
+    """Rotate by up to this many degrees."""
+    scale: float = 0.0
+    """Scale height and width, each by a factor of up to 1 plus this, or of down to its inverse."""
+    shear: float = 0.0
+    """Shear by up to this many degrees."""
+    warp: float = 0.0
+    """Bend: displace the knots of a 5x5 grid by this many pixels (standard deviation)."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+    erase: int = 0
+    """Set a square of this side, anywhere in the image, to 0."""
+
+    def __post_init__(self) -> None:
+        check_integer("shift", self.shift, at_least=0)
+        check_integer("erase", self.erase, at_least=0)
+        check_non_negative("rotate", self.rotate, at_most=180.0)
+        check_non_negative("scale", self.scale)
+        check_non_negative("shear", self.shear, at_most=80.0)
+        check_non_negative("warp", self.warp)
+
+    @property
+    def deforms(self) -> bool:
+        """Whether pixels are interpolated."""
+        return max(self.rotate, self.scale, self.shear, self.warp) > 0.0
+
+
+def augment(key: jax.Array, images: jax.Array, how: Augmentation) -> jax.Array:
+    """Vary images ``[B, H, W, C]``, each on its own.
 
     Example:
-        >>> augment(jax.random.key(0), jnp.ones((2, 8, 8, 1)), shift=2, flip=True).shape
+        >>> augment(jax.random.key(0), jnp.ones((2, 8, 8, 1)), Augmentation(shift=2)).shape
         (2, 8, 8, 1)
     """
-    shift_key, flip_key = jax.random.split(key)
-    batch, *shape = images.shape
-    if shift:
-        padded = jnp.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
-        corners = jax.random.randint(shift_key, (batch, 2), 0, 2 * shift + 1)
-        images = jax.vmap(lambda image, c: jax.lax.dynamic_slice(image, (c[0], c[1], 0), shape))(
-            padded, corners
-        )
-    if flip:
-        mirrored = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
-        images = jnp.where(mirrored, images[:, :, ::-1], images)
-    return images
+
+    def vary(key: jax.Array, image: jax.Array) -> jax.Array:
+        shift_key, deform_key, flip_key, erase_key = jax.random.split(key, 4)
+        if how.shift:
+            padded = jnp.pad(image, ((how.shift, how.shift), (how.shift, how.shift), (0, 0)))
+            row, column = jax.random.randint(shift_key, (2,), 0, 2 * how.shift + 1)
+            image = jax.lax.dynamic_slice(padded, (row, column, 0), image.shape)
+        if how.deforms:
+            image = _deform(deform_key, image, how)
+        if how.flip:
+            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+        if how.erase:
+            image = _erase(erase_key, image, how.erase)
+        return image
+
+    return jax.vmap(vary)(jax.random.split(key, len(images)), images)
+
+
+def _deform(key: jax.Array, image: jax.Array, how: Augmentation) -> jax.Array:
+    """Rotated, scaled, sheared and bent about its centre, interpolated linearly."""
+    height, width, _ = image.shape
+    angle_key, scale_key, shear_key, warp_key = jax.random.split(key, 4)
+    angle = jnp.deg2rad(how.rotate) * jax.random.uniform(angle_key, minval=-1.0)
+    slope = jnp.tan(jnp.deg2rad(how.shear) * jax.random.uniform(shear_key, minval=-1.0))
+    scales = (1.0 + how.scale) ** jax.random.uniform(scale_key, (2,), minval=-1.0)
+    turned = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
+    matrix = turned @ jnp.array([[1.0, 0.0], [slope, 1.0]]) @ jnp.diag(scales)
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
+    middle = jnp.array([height - 1, width - 1]).reshape(2, 1, 1) / 2
+    # Where each pixel of the result comes from.
+    source = jnp.einsum("ij,jhw->ihw", matrix, grid - middle) + middle
+    if how.warp:
+        knots = how.warp * jax.random.normal(warp_key, (2, 5, 5))
+        source += jax.image.resize(knots, source.shape, "cubic")
+    return jax.vmap(
+        lambda channel: jax.scipy.ndimage.map_coordinates(channel, list(source), order=1),
+        in_axes=-1,
+        out_axes=-1,
+    )(image)
+
+
+def _erase(key: jax.Array, image: jax.Array, side: int) -> jax.Array:
+    """Without a square whose middle is anywhere in the image."""
+    height, width, _ = image.shape
+
+    def covered(key: jax.Array, length: int) -> jax.Array:
+        start = jax.random.randint(key, (), 0, length) - side // 2
+        return (start <= jnp.arange(length)) & (jnp.arange(length) < start + side)
+
+    row_key, column_key = jax.random.split(key)
+    hole = covered(row_key, height)[:, None] & covered(column_key, width)
+    return jnp.where(hole[:, :, None], 0.0, image)
 
 
 def make_train_steps(
@@ -150,8 +221,7 @@ def make_train_steps(
     phases: Phases,
     optimizer: optax.GradientTransformation,
     *,
-    shift: int = 0,
-    flip: bool = False,
+    augmentation: Augmentation | None = None,
     gradient: Gradient = ep_gradient,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The function that runs several optimisation steps in one dispatch.
@@ -160,8 +230,7 @@ def make_train_steps(
         spec: the network.
         phases: how its gradient is estimated.
         optimizer: an optax optimiser.
-        shift: see `augment`.
-        flip: see `augment`.
+        augmentation: how the images are varied; by default not at all.
         gradient: the gradient estimator.
 
     Returns:
@@ -175,8 +244,8 @@ def make_train_steps(
     ) -> tuple[TrainState, StepMetrics]:
         augment_key, phase_key = jax.random.split(jax.random.fold_in(key, state.step))
         xs = to_float(images)
-        if shift or flip:
-            xs = augment(augment_key, xs, shift, flip)
+        if augmentation is not None:
+            xs = augment(augment_key, xs, augmentation)
         grads, info = gradient(state.params, spec, xs, labels, phases, phase_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))

@@ -13,6 +13,7 @@ import pytest
 import ep_jax as ep
 from ep_jax import training
 from ep_jax.data import to_float
+from ep_jax.training import Augmentation
 
 SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(3)), neuron=ep.DeltaCode(), feedback=0.5)
 PHASES = ep.Phases(free=8, nudged=5, sweep="alternating", coordinates="displacement")
@@ -73,7 +74,7 @@ def test_weight_decay_spares_biases() -> None:
 def test_shifts_stay_in_bounds_and_keep_the_picture() -> None:
     """A bright pixel in the middle lands within the bound, everywhere in it, and stays whole."""
     images = jnp.zeros((400, 9, 9, 1)).at[:, 4, 4].set(1.0)
-    moved = training.augment(jax.random.key(0), images, shift=2, flip=False)
+    moved = training.augment(jax.random.key(0), images, Augmentation(shift=2))
     where = np.argwhere(np.asarray(moved[..., 0]) > 0)
     assert len(where) == 400
     offsets = {(int(i) - 4, int(j) - 4) for _, i, j in where}
@@ -83,17 +84,106 @@ def test_shifts_stay_in_bounds_and_keep_the_picture() -> None:
 def test_flips_mirror_left_to_right_about_half_the_time() -> None:
     """Would catch a flip along the wrong axis, or one coin for the whole batch."""
     images = jnp.zeros((400, 5, 5, 1)).at[:, 1, 0].set(1.0)
-    flipped = np.asarray(training.augment(jax.random.key(0), images, shift=0, flip=True))[..., 0]
+    flipped = np.asarray(training.augment(jax.random.key(0), images, Augmentation(flip=True)))
+    flipped = flipped[..., 0]
     mirrored = flipped[:, 1, 4] == 1.0
     assert ((flipped[:, 1, 0] == 1.0) ^ mirrored).all()
     assert 150 < mirrored.sum() < 250  # 5 standard deviations around 200
+
+
+def slopes(how: Augmentation) -> np.ndarray:
+    """The matrices of 200 deformations, ``[200, 2, 2]``, from what they make of two linear ramps.
+
+    Linear interpolation keeps a ramp a ramp: its slopes in the middle of the image are a row of the
+    matrix by which positions are multiplied.
+    """
+    rows, columns = np.meshgrid(np.arange(21.0), np.arange(21.0), indexing="ij")
+    image = np.stack([rows, columns], axis=-1)
+    images = jnp.asarray(np.broadcast_to(image, (200, *image.shape)))
+    varied = np.asarray(training.augment(jax.random.key(5), images, how))
+    np.testing.assert_allclose(varied[:, 10, 10], 10.0, atol=1e-3)  # turns about the middle
+    down, right = varied[:, 12, 10] - varied[:, 8, 10], varied[:, 10, 12] - varied[:, 10, 8]
+    return np.stack([down, right], axis=-1) / 4
+
+
+def test_rotations_turn_by_up_to_the_angle_about_the_middle() -> None:
+    """Would catch degrees taken for radians, or an angle that is always positive."""
+    matrices = slopes(Augmentation(rotate=30.0))
+    unit = np.broadcast_to(np.eye(2), matrices.shape)
+    np.testing.assert_allclose(matrices @ matrices.transpose(0, 2, 1), unit, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.det(matrices), 1.0, atol=1e-4)
+    angles = np.rad2deg(np.arcsin(matrices[:, 1, 0]))
+    assert np.abs(angles).max() <= 30.01
+    # Uniform: 5 standard errors around the mean 0 and the standard deviation 30 / sqrt(3).
+    assert abs(angles.mean()) < 5 * 30 / np.sqrt(3 * 200)
+    assert abs(angles.std() * np.sqrt(3) / 30 - 1) < 5 * np.sqrt(0.2 / 200)
+
+
+def test_scales_and_shears_stay_within_their_bounds() -> None:
+    """Height and width change by factors of their own; a shear keeps the area."""
+    matrices = slopes(Augmentation(scale=0.25))
+    np.testing.assert_allclose(matrices[:, 0, 1], 0.0, atol=1e-4)
+    np.testing.assert_allclose(matrices[:, 1, 0], 0.0, atol=1e-4)
+    factors = matrices[:, [0, 1], [0, 1]]
+    assert 0.8 - 1e-4 <= factors.min() < 0.82
+    assert 1.22 < factors.max() <= 1.25 + 1e-4
+    assert abs(np.corrcoef(factors.T)[0, 1]) < 5 / np.sqrt(200)
+    matrices = slopes(Augmentation(shear=20.0))
+    np.testing.assert_allclose(np.linalg.det(matrices), 1.0, atol=1e-4)
+    assert np.abs(matrices[:, 1, 0]).max() <= np.tan(np.deg2rad(20.0)) + 1e-4
+    assert matrices[:, 1, 0].min() < 0 < matrices[:, 1, 0].max()
+
+
+def test_warps_are_smooth_and_as_large_as_they_say() -> None:
+    """A warp of 1 moves pixels by about one pixel, its neighbours nearly alike, nowhere on average.
+
+    The ramps tell where each pixel comes from. Independent displacements of neighbours would differ
+    by 1.4 standard deviations; between knots four pixels apart it is about a third of that.
+    """
+    rows, columns = np.meshgrid(np.arange(21.0), np.arange(21.0), indexing="ij")
+    image = np.stack([rows, columns], axis=-1)
+    images = jnp.asarray(np.broadcast_to(image, (200, *image.shape)))
+    varied = np.asarray(training.augment(jax.random.key(6), images, Augmentation(warp=1.0)))
+    moved = (varied - image)[:, 6:15, 6:15]  # nothing from outside comes so far
+    assert 0.5 < moved.std() < 1.1
+    assert abs(moved.mean()) < 5 * 1.0 / np.sqrt(200)
+    assert np.diff(moved, axis=1).std() < 0.6 * moved.std()
+    assert np.diff(moved, axis=2).std() < 0.6 * moved.std()
+
+
+def test_erasing_takes_one_square_out() -> None:
+    """Holes are squares of the side, cut at the edges, anywhere; the rest stays."""
+    images = jnp.ones((400, 9, 9, 2))
+    erased = np.asarray(training.augment(jax.random.key(7), images, Augmentation(erase=3)))
+    np.testing.assert_array_equal(erased[..., 0], erased[..., 1])
+    holes = erased[..., 0] == 0.0
+    assert set(np.unique(erased)) == {0.0, 1.0}
+    heights, widths = holes.any(2).sum(1), holes.any(1).sum(1)
+    np.testing.assert_array_equal(holes.sum((1, 2)), heights * widths)
+    # The middle is anywhere in the image: 7 of 9 places leave a whole side, 2 cut it to 2.
+    assert set(heights) == set(widths) == {2, 3}
+    assert abs((heights == 3).mean() - 7 / 9) < 5 * np.sqrt(7 / 9 * 2 / 9 / 400)
+    assert holes.any(0).all()
+
+
+def test_images_are_varied_each_on_its_own_and_deformations_keep_a_blank_one_blank() -> None:
+    """Would catch one key for the whole batch, and interpolation that lets the border in."""
+    how = Augmentation(shift=2, rotate=15.0, scale=0.1, shear=5.0, warp=0.5, flip=True, erase=4)
+    images = jnp.asarray(np.random.default_rng(3).uniform(size=(1, 12, 12, 1)).repeat(8, 0))
+    varied = np.asarray(training.augment(jax.random.key(8), images, how))
+    assert len({image.tobytes() for image in varied}) == 8
+    blank = training.augment(jax.random.key(8), jnp.zeros((8, 12, 12, 1)), how)
+    np.testing.assert_array_equal(blank, 0.0)
+    same = training.augment(jax.random.key(8), images, Augmentation())
+    np.testing.assert_array_equal(same, images)
 
 
 def test_many_steps_in_one_dispatch_are_the_same_steps() -> None:
     """A scan over batches is a loop over batches: same order, keys and optimiser state."""
     images, labels = images_and_labels()
     optimizer = training.make_optimizer(0.01, 6, layer_rates=(1.0, 1.0))
-    steps = jax.jit(training.make_train_steps(SPEC, PHASES, optimizer, shift=1, flip=True))
+    varied = Augmentation(shift=1, rotate=10.0, flip=True, erase=2)
+    steps = jax.jit(training.make_train_steps(SPEC, PHASES, optimizer, augmentation=varied))
     key = jax.random.key(3)
     batches = jnp.asarray(np.random.default_rng(0).integers(0, 12, (6, 4)))
     start = training.init_train_state(jax.random.key(0), SPEC, optimizer)
