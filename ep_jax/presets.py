@@ -185,7 +185,15 @@ _MNIST_RATE = replace(
 )
 
 _FASHION, _FASHION_RATE = (
-    replace(config, dataset="fashion_mnist", augmentation=Augmentation())
+    replace(
+        config,
+        dataset="fashion_mnist",
+        epochs=30,
+        kernels=(5, 3),
+        hidden=(256,),
+        augmentation=Augmentation(flip=True),
+        phases=replace(config.phases, free=config.phases.free + 1),
+    )
     for config in (_MNIST, _MNIST_RATE)
 )
 
