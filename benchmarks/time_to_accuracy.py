@@ -31,9 +31,12 @@ from ep_jax.checkpoint import write_json
 from ep_jax.data import Dataset, load
 from ep_jax.presets import PRESETS, Config, spec_of
 from ep_jax.run import divide_cpu, optimizer_of, placements, provenance
+from ep_jax.training import Augmentation
 
 TARGETS = {"mnist": 1.0, "fashion_mnist": 9.0}
 """Per cent of the validation images."""
+AUGMENTATION = {"mnist": Augmentation(shift=1), "fashion_mnist": Augmentation()}
+"""A short training has no use for as much variation as the presets' long ones."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class Contestant:
 def contestants(dataset: str) -> dict[str, Contestant]:
     """The spiking and the rate preset, the published schedule, and feed-forward backprop."""
     epochs = 3 if dataset == "mnist" else 10
-    spiking = replace(PRESETS[dataset], epochs=epochs)
-    rate = replace(PRESETS[f"{dataset}_rate"], epochs=epochs)
+    short: dict[str, Any] = {"epochs": epochs, "augmentation": AUGMENTATION[dataset]}
+    spiking = replace(PRESETS[dataset], **short)
+    rate = replace(PRESETS[f"{dataset}_rate"], **short)
     textbook = replace(rate, feedback=1.0, phases=TEXTBOOK, epochs=3)
     once = ep.Phases(free=1, sweep="ordered")
     return {

@@ -28,9 +28,9 @@ class Arguments:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation; one value by itself."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
+    """Mean and standard deviation; one value by itself, a dash for none."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "–"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
@@ -70,7 +70,7 @@ def row(dataset: str, name: str, found: Sequence[dict[str, Any]]) -> tuple[str, 
         f"{phases['free']}/{phases['nudged']}" if ep_run else str(phases["free"]),
         spread([f["test_error"] for f in found]),
         spread([f["test_error_4x"] for f in found]),
-        spread([f["val_error"][-1] for f in found]),
+        spread([f["val_error"][-1] for f in found if f["val_error"][-1] is not None]),
         mean([f["last_epoch"]["spikes_free"] for f in found], ".2f"),
         mean([f["last_epoch"]["spikes_nudged"] for f in found], ".3f"),
         mean([f["synaptic_operations"] for f in found], ".1e"),

@@ -163,6 +163,7 @@ def test_results_become_a_table(tmp_path: Path) -> None:
         "| 0.50 | – | 1.5e+06 |"
     )
     assert "| 0.40 |" in one
+    assert results_table.spread([]) == "–"  # nothing held out: no validation error
     result_file(tmp_path / "mnist" / "preset" / "seed3.json", 3, 0.5, epochs=20)
     with pytest.raises(ValueError, match="mnist/preset holds runs whose configurations differ"):
         results_table.table(tmp_path)
