@@ -173,17 +173,17 @@ _MNIST = Config(
     dataset="mnist",
     epochs=30,
     gain=0.6,
-    feedback=0.05,
+    feedback=0.02,
     delta_code=_CODE,
     phases=_PHASES,
     weight_decay=0.05,
     augmentation=Augmentation(shift=2),
 )
 
-_MNIST_RATE = replace(
-    _MNIST, neuron="rate", feedback=0.03, phases=replace(_PHASES, free=5, nudged=3)
-)
+_MNIST_RATE = replace(_MNIST, neuron="rate", phases=replace(_PHASES, free=5, nudged=3))
 
+# A long training drives the loop gain up: at feedback .05 the cosine with the exact gradient falls
+# to .65 in 22 epochs, at .01 it would be .997 with the same weights.
 _FASHION, _FASHION_RATE = (
     replace(
         config,
@@ -191,6 +191,7 @@ _FASHION, _FASHION_RATE = (
         kernels=(5, 3),
         hidden=(256,),
         augmentation=Augmentation(flip=True),
+        feedback=0.01,
         phases=replace(config.phases, free=config.phases.free + 1),
     )
     for config in (_MNIST, _MNIST_RATE)
@@ -201,6 +202,7 @@ _SIGMA_DELTA = replace(
     _MNIST,
     epochs=10,
     gain=1.0,
+    feedback=0.05,
     phases=replace(_PHASES, free=25, nudged=12, sweep="alternating"),
 )
 
