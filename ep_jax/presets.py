@@ -189,8 +189,10 @@ _FASHION, _FASHION_RATE = (
         config,
         dataset="fashion_mnist",
         kernels=(5, 3),
+        padding="SAME",
         hidden=(256,),
-        augmentation=Augmentation(flip=True),
+        augmentation=Augmentation(flip=True, erase=4),
+        weight_decay=0.1,
         feedback=0.01,
         phases=replace(config.phases, free=config.phases.free + 1),
     )
