@@ -242,7 +242,7 @@ def study(subject: Subject, journal: Journal) -> None:
         for free, nudged in SWEEPS:
             if name == "rate" or (free > 8 and subject.age != "early"):
                 take("sweeps", name, neuron, free=free, nudged=nudged)
-    if subject.age == "early" or subject.feedback not in (PRESET.feedback, 0.1):
+    if subject.age == "early" or (subject.age == "late" and subject.feedback != 0.1):
         return
     for order in ("synchronous", "ordered"):
         for free, nudged in SWEEPS[:5]:
@@ -318,7 +318,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
                 r
                 for r in rows
                 if (r["part"], r["what"], r["age"]) == ("sweeps", name, age)
-                and r["feedback"] in (0.1, PRESET.feedback)
+                and (age == "long" or r["feedback"] == 0.1)
             ]
             if name != "rate":
                 left.plot(
