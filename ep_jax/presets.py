@@ -188,6 +188,7 @@ _FASHION, _FASHION_RATE = (
     replace(
         config,
         dataset="fashion_mnist",
+        epochs=20,
         kernels=(5, 3),
         padding="SAME",
         hidden=(256,),
@@ -204,7 +205,6 @@ _SIGMA_DELTA = replace(
     _MNIST,
     epochs=10,
     gain=1.0,
-    feedback=0.05,
     phases=replace(_PHASES, free=25, nudged=12, sweep="alternating"),
 )
 
