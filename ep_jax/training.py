@@ -221,7 +221,7 @@ def make_train_steps(
     phases: Phases,
     optimizer: optax.GradientTransformation,
     *,
-    augmentation: Augmentation | None = None,
+    augmentation: Augmentation = Augmentation(),
     gradient: Gradient = ep_gradient,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The function that runs several optimisation steps in one dispatch.
@@ -244,8 +244,7 @@ def make_train_steps(
     ) -> tuple[TrainState, StepMetrics]:
         augment_key, phase_key = jax.random.split(jax.random.fold_in(key, state.step))
         xs = to_float(images)
-        if augmentation is not None:
-            xs = augment(augment_key, xs, augmentation)
+        xs = augment(augment_key, xs, augmentation)
         grads, info = gradient(state.params, spec, xs, labels, phases, phase_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))

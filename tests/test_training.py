@@ -91,16 +91,21 @@ def test_flips_mirror_left_to_right_about_half_the_time() -> None:
     assert 150 < mirrored.sum() < 250  # 5 standard deviations around 200
 
 
+def deformed_ramps(seed: int, how: Augmentation) -> tuple[np.ndarray, np.ndarray]:
+    """An image whose two channels are row and column, and 200 of it that are varied."""
+    rows, columns = np.meshgrid(np.arange(21.0), np.arange(21.0), indexing="ij")
+    image = np.stack([rows, columns], axis=-1)
+    images = jnp.asarray(np.broadcast_to(image, (200, *image.shape)))
+    return image, np.asarray(training.augment(jax.random.key(seed), images, how))
+
+
 def slopes(how: Augmentation) -> np.ndarray:
     """The matrices of 200 deformations, ``[200, 2, 2]``, from what they make of two linear ramps.
 
     Linear interpolation keeps a ramp a ramp: its slopes in the middle of the image are a row of the
     matrix by which positions are multiplied.
     """
-    rows, columns = np.meshgrid(np.arange(21.0), np.arange(21.0), indexing="ij")
-    image = np.stack([rows, columns], axis=-1)
-    images = jnp.asarray(np.broadcast_to(image, (200, *image.shape)))
-    varied = np.asarray(training.augment(jax.random.key(5), images, how))
+    _, varied = deformed_ramps(5, how)
     np.testing.assert_allclose(varied[:, 10, 10], 10.0, atol=1e-3)  # turns about the middle
     down, right = varied[:, 12, 10] - varied[:, 8, 10], varied[:, 10, 12] - varied[:, 10, 8]
     return np.stack([down, right], axis=-1) / 4
@@ -140,10 +145,7 @@ def test_warps_are_smooth_and_as_large_as_they_say() -> None:
     The ramps tell where each pixel comes from. Independent displacements of neighbours would differ
     by 1.4 standard deviations; between knots four pixels apart it is about a third of that.
     """
-    rows, columns = np.meshgrid(np.arange(21.0), np.arange(21.0), indexing="ij")
-    image = np.stack([rows, columns], axis=-1)
-    images = jnp.asarray(np.broadcast_to(image, (200, *image.shape)))
-    varied = np.asarray(training.augment(jax.random.key(6), images, Augmentation(warp=1.0)))
+    image, varied = deformed_ramps(6, Augmentation(warp=1.0))
     moved = (varied - image)[:, 6:15, 6:15]  # nothing from outside comes so far
     assert 0.5 < moved.std() < 1.1
     assert abs(moved.mean()) < 5 * 1.0 / np.sqrt(200)
