@@ -177,7 +177,7 @@ _MNIST = Config(
     delta_code=_CODE,
     phases=_PHASES,
     weight_decay=0.05,
-    augmentation=Augmentation(shift=2),
+    augmentation=Augmentation(shift=1, rotate=12.0, scale=0.12, shear=10.0),
 )
 
 _MNIST_RATE = replace(_MNIST, neuron="rate", phases=replace(_PHASES, free=5, nudged=3))
