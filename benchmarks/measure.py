@@ -22,6 +22,7 @@ from ep_jax.diagnostics import connections
 from ep_jax.gradients.equilibrium import nudges
 from ep_jax.presets import PRESETS, spec_of
 from ep_jax.run import placements
+from ep_jax.training import Augmentation
 
 SHAPE = (28, 28, 1)
 LAYERS = (ep.Conv(32, 5), ep.Conv(64, 5), ep.Dense(128), ep.Dense(10))
@@ -29,7 +30,9 @@ RATE = ep.NetworkSpec(SHAPE, LAYERS, ep.Rate())
 """The textbook's network: rate neurons, feedback 1."""
 TEXTBOOK = ep.Phases(free=50, nudged=10, beta=0.1)
 """The textbook's phases: synchronous, absolute, symmetric."""
-PRESET = PRESETS["mnist"]
+# A short training has no use for as much variation as the preset's long one, and the time of a step
+# is to be that of its gradient.
+PRESET = replace(PRESETS["mnist"], augmentation=Augmentation(shift=1))
 SPIKING = spec_of(PRESET, SHAPE, 10)
 
 Gradient = Callable[..., Any]

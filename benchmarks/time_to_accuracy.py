@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from feedforward import feedforward_gradient
 from matplotlib.figure import Figure
-from measure import TEXTBOOK, Gradient, compiled, ep_operations, feedforward_operations
+from measure import PRESET, TEXTBOOK, Gradient, compiled, ep_operations, feedforward_operations
 from rich.console import Console
 from rich.table import Table
 
@@ -29,14 +29,14 @@ import ep_jax as ep
 from ep_jax import training
 from ep_jax.checkpoint import write_json
 from ep_jax.data import Dataset, load
+from ep_jax.diagnostics import spikes_per_neuron
 from ep_jax.presets import PRESETS, Config, spec_of
 from ep_jax.run import divide_cpu, optimizer_of, placements, provenance
 from ep_jax.training import Augmentation
 
 TARGETS = {"mnist": 1.0, "fashion_mnist": 9.0}
 """Per cent of the validation images."""
-AUGMENTATION = {"mnist": Augmentation(shift=1), "fashion_mnist": Augmentation()}
-"""A short training has no use for as much variation as the presets' long ones."""
+AUGMENTATION = {"mnist": PRESET.augmentation, "fashion_mnist": Augmentation()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def contestants(dataset: str) -> dict[str, Contestant]:
         "epochs": epochs,
         "augmentation": AUGMENTATION[dataset],
     }
-    spiking = replace(PRESETS["mnist"], **short)
+    spiking = replace(PRESET, **short)
     rate = replace(PRESETS["mnist_rate"], **short)
     textbook = replace(rate, feedback=1.0, phases=TEXTBOOK, epochs=3)
     once = ep.Phases(free=1, sweep="ordered")
@@ -132,7 +132,7 @@ def race(
         jax.device_put(dispatches[0], place.batches),
         step_key,
     )
-    units = [int(np.prod(shape)) for shape in spec.state_shapes]
+    units = sum(int(np.prod(shape)) for shape in spec.state_shapes)
     operations = contestant.operations(spec, config.phases, config.batch)
     seconds, spikes, curve = 0.0, 0.0, []
     for i, batches in enumerate(dispatches, start=1):
@@ -141,8 +141,8 @@ def race(
         state, metrics = jax.block_until_ready(made(state, images, labels, here, step_key))
         seconds += time.perf_counter() - began
         for info in filter(None, (metrics.free, metrics.nudged)):
-            per_unit = [float(s.mean()) for s in info.spikes]
-            spikes += batches.size * float(np.dot(per_unit, units))
+            sent = spikes_per_neuron(spec, [s.mean() for s in info.spikes])
+            spikes += batches.size * units * sent
         answers, _ = training.predict(
             jax.device_get(state.params), spec, contestant.answer, data.validation_images
         )

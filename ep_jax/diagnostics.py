@@ -365,17 +365,20 @@ def distance_to_rate(
     return StateDistance(apart, apart / size, jax.tree.map(jnp.mean, free.info))
 
 
-def spikes_per_neuron(info: PhaseInfo, spec: NetworkSpec) -> float:
-    """Spikes of a phase per neuron, over all layers: layers count as many times as they have units.
+def spikes_per_neuron(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:
+    """Spikes per neuron over all layers: a layer counts as many times as it has units.
+
+    Args:
+        spec: the network.
+        spikes: spikes per neuron of each layer, as in `ep_jax.PhaseInfo`.
 
     Example:
         >>> spec = NetworkSpec((3,), (network.Dense(30), network.Dense(10)))
-        >>> info = PhaseInfo(jnp.zeros(()), jnp.zeros(()), (jnp.array(1.0), jnp.array(3.0)))
-        >>> spikes_per_neuron(info, spec)
+        >>> spikes_per_neuron(spec, (1.0, 3.0))
         1.5
     """
     sizes = [math.prod(shape) for shape in spec.state_shapes]
-    return sum(float(s) * n for s, n in zip(info.spikes, sizes, strict=True)) / sum(sizes)
+    return sum(float(s) * n for s, n in zip(spikes, sizes, strict=True)) / sum(sizes)
 
 
 def connections(spec: NetworkSpec) -> tuple[int, ...]:

@@ -318,14 +318,14 @@ def _record(mean: StepMetrics, spec: NetworkSpec) -> Record:
         "error": mean.error,
         "residual": mean.free.residual,
         "moving": mean.free.moving,
-        "spikes_free": spikes_per_neuron(mean.free, spec),
+        "spikes_free": spikes_per_neuron(spec, mean.free.spikes),
         "spikes_nudged": 0.0,
         "spikes_free_per_layer": list(mean.free.spikes),
         "gradient_norm": list(mean.gradient_norm),
     }
     if mean.nudged is not None:
         record["residual_nudged"] = mean.nudged.residual
-        record["spikes_nudged"] = spikes_per_neuron(mean.nudged, spec)
+        record["spikes_nudged"] = spikes_per_neuron(spec, mean.nudged.spikes)
         record["spikes_nudged_per_layer"] = list(mean.nudged.spikes)
     return record
 

@@ -27,7 +27,7 @@ from ep_jax import network
 from ep_jax.checkpoint import write_json
 from ep_jax.costs import read_out
 from ep_jax.data import load, to_float
-from ep_jax.diagnostics import synaptic_operations
+from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
 from ep_jax.dynamics import Snapshot
 from ep_jax.run import provenance
 from ep_jax.training import error_rate
@@ -102,12 +102,11 @@ def run(arguments: Arguments) -> dict[str, Any]:
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     longer = dataclasses.replace(phases, free=4 * phases.free)
     answers, spikes = follow(params, spec, longer, data.test_images, arguments.batch)
-    sizes = [int(np.prod(shape)) for shape in spec.state_shapes]
     rows = [
         {
             "sweep": t,
             "error": error_rate(now, data.test_labels),
-            "spikes_per_neuron": float(np.average(sent, weights=sizes)),
+            "spikes_per_neuron": spikes_per_neuron(spec, sent.tolist()),
             "spikes_per_layer": sent.tolist(),
             "synaptic_operations": synaptic_operations(spec, sent.tolist()),
         }

@@ -207,8 +207,8 @@ def measure(
     assert info.nudged is not None
     return {
         **found._asdict(),
-        "spikes_free": spikes_per_neuron(info.free, spec),
-        "spikes_nudged": spikes_per_neuron(info.nudged, spec),
+        "spikes_free": spikes_per_neuron(spec, info.free.spikes),
+        "spikes_nudged": spikes_per_neuron(spec, info.nudged.spikes),
         "spikes_nudged_per_layer": np.stack(info.nudged.spikes),
         "residual_free": float(info.free.residual),
         "seconds": min(times),  # other work on the machine only ever adds
