@@ -43,5 +43,5 @@ def feedforward_gradient(
 
     (value, output), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)
     zero = jnp.zeros(())
-    nothing = ep.PhaseInfo(zero, zero, (zero,) * spec.depth)
+    nothing = ep.PhaseInfo(zero, zero, *[(zero,) * spec.depth] * 2)
     return grads, ep.GradientInfo(value, output, nothing)

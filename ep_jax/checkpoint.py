@@ -10,10 +10,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import zipfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,10 @@ from ep_jax.network import NetworkSpec, Params, check_params
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Rate, SigmaDelta
 from ep_jax.training import TrainState
 
-FORMAT = 1
-"""Version of what is written; a newer one is refused."""
+WEIGHTS_FORMAT = 1
+"""Version of the weights folders that are written; another one is refused."""
+CHECKPOINT_FORMAT = 2
+"""Version of the checkpoints that are written; another one is refused."""
 
 _RECORDS = {
     record.__name__: record
@@ -67,11 +69,40 @@ def from_json(value: Any) -> Any:
         raise ValueError(f"{kind}: {error}") from error
 
 
+def make_folder(name: str, path: Path) -> None:
+    """Make the folder that the argument `name` asks for, where it is not there yet."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{name} is {str(path)!r}, which cannot be made: {error.strerror}; expected a folder "
+            "that is there, or in a place that may be written to"
+        ) from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
+    with _replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` once it is written and on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written: {error.strerror or error}; expected a folder with room "
+            "that may be written to. What was there is as it was"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,18 +121,17 @@ def save_weights(
     """
     check_params(spec, params)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("folder", folder)
     arrays: dict[str, Any] = {
         f"layer{i}.{name}": np.asarray(value)
         for i, layer in enumerate(params, start=1)
         for name, value in layer.items()
     }
-    temporary = folder / f".weights.{os.getpid()}.npz"
-    np.savez(temporary, **arrays)
-    os.replace(temporary, folder / "weights.npz")
+    with _replacing(folder / "weights.npz") as file:
+        np.savez(file, **arrays)
     write_json(
         folder / "network.json",
-        {"format": FORMAT, "spec": to_json(spec), "phases": to_json(phases)},
+        {"format": WEIGHTS_FORMAT, "spec": to_json(spec), "phases": to_json(phases)},
     )
 
 
@@ -125,7 +155,7 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
                                     "folder that experiments/train.py wrote")  # fmt: skip
     with _explained(folder / "network.json", "the specification of a network"):
         record = json.loads((folder / "network.json").read_text())
-        _check_format(record)
+        _check_format(record, WEIGHTS_FORMAT)
         spec, phases = from_json(record["spec"]), from_json(record["phases"])
         if not isinstance(spec, NetworkSpec) or not isinstance(phases, Phases):
             raise ValueError("no NetworkSpec and Phases")
@@ -147,18 +177,22 @@ def _explained(path: Path, expected: str) -> Iterator[None]:
     """Turn whatever reading `path` raises into one clear ValueError."""
     try:
         yield
-    except (
-        ValueError, TypeError, KeyError, AttributeError, OSError, EOFError, zipfile.BadZipFile
-    ) as error:  # fmt: skip
+    # Which exception it is depends on the damage and on the library that reads.
+    except Exception as error:
         raise ValueError(
-            f"{path} is unreadable or foreign: {error}; expected {expected}"
+            f"{path} is unreadable or foreign: {_brief(error)}; expected {expected}"
         ) from error
 
 
-def _check_format(record: Any) -> None:
+def _brief(error: Exception) -> str:
+    """Its first line, without the pages that some libraries add."""
+    return textwrap.shorten(str(error).partition("\n")[0], 300, placeholder=" ...")
+
+
+def _check_format(record: Any, known: int) -> None:
     found = record.get("format")
-    if found != FORMAT:
-        raise ValueError(f"format is {found!r}; this version reads format {FORMAT}")
+    if found != known:
+        raise ValueError(f"format is {found!r}; this version reads format {known}")
 
 
 class Checkpoints:
@@ -175,18 +209,33 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, epoch: int, state: TrainState, history: list[dict[str, Any]]) -> None:
-        """Keep the state after `epoch` epochs and what was measured so far."""
-        record = {"format": FORMAT, "identity": self._identity, "history": history}
-        self._manager.save(
-            epoch,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-            ),
-        )
+    def save(self, number: int, state: TrainState, progress: dict[str, Any]) -> None:
+        """Keep the state, and how far the run has come, as JSON.
 
-    def restore(self, like: TrainState) -> tuple[int, TrainState, list[dict[str, Any]]] | None:
-        """Epochs done, state and history of the last checkpoint; ``None`` where there is none.
+        Args:
+            number: of the checkpoint, larger than that of the last one.
+            state: what training carries.
+            progress: what else is needed to go on.
+
+        Raises:
+            OSError: it cannot be written; the checkpoints before it are as they were.
+        """
+        record = {"format": CHECKPOINT_FORMAT, "identity": self._identity, "progress": progress}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+        )
+        try:
+            self._manager.save(number, args=items)
+        # Which exception it is depends on the library that writes.
+        except Exception as error:
+            raise OSError(
+                f"checkpoint {number} cannot be written to {self._folder}: {_brief(error)}; "
+                "expected a folder with room that may be written to. The checkpoint before it is "
+                "as it was"
+            ) from error
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """State and progress of the last checkpoint; ``None`` where there is none.
 
         Args:
             like: a state of the same structure.
@@ -194,15 +243,15 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is unreadable, of a newer version or of another run.
         """
-        epoch = self._manager.latest_step()
-        if epoch is None:
+        number = self._manager.latest_step()
+        if number is None:
             return None
-        path = self._folder / str(epoch)
+        path = self._folder / str(number)
         with _explained(path, "a checkpoint of this run"):
             record = self._manager.restore(
-                epoch, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+                number, args=ocp.args.Composite(record=ocp.args.JsonRestore())
             )["record"]
-            _check_format(record)
+            _check_format(record, CHECKPOINT_FORMAT)
             differing = {
                 k: (record["identity"].get(k), v)
                 for k, v in self._identity.items()
@@ -215,9 +264,9 @@ class Checkpoints:
                 raise ValueError(f"it was written by another configuration: {came}")
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
             state = self._manager.restore(
-                epoch, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                number, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )["state"]
-        return epoch, state, record["history"]
+        return state, record["progress"]
 
     def close(self) -> None:
         """Wait for what is being written."""

@@ -121,12 +121,16 @@ class PhaseInfo(NamedTuple):
         residual: ``|s_{t+1} - s_t|`` over all layers, of the last sweep.
         moving: fraction of units that the last sweep changed by more than `MOVING`.
         spikes: tuple over layers of the spikes per neuron in the whole phase (0 for rate neurons).
+        activity: tuple over layers of the mean ``|s|`` at the end (displacement coordinates:
+            ``|D|``). Near 0 a layer is dead, at 1 a hard sigmoid is saturated; it is not finite
+            where the state is not.
         trace: what the `trace` function returned, stacked over sweeps; ``None`` without one.
     """
 
     residual: jax.Array
     moving: jax.Array
     spikes: tuple[jax.Array, ...]
+    activity: tuple[jax.Array, ...]
     trace: Any = None
 
 
@@ -416,7 +420,13 @@ def _sweeps(
 def conclude(spec: NetworkSpec, carry: Carry, trace: Any = None) -> tuple[State, PhaseInfo]:
     """What a phase that ended with `carry` returns: the packed read-out and a `PhaseInfo`."""
     state = tuple(map(spec.neuron.readout, carry.states))
-    return state, PhaseInfo(carry.residual, carry.moving, tuple(carry.spikes), trace)
+    spikes, activity = tuple(carry.spikes), mean_size(state)
+    return state, PhaseInfo(carry.residual, carry.moving, spikes, activity, trace)
+
+
+def mean_size(state: State) -> tuple[jax.Array, ...]:
+    """Mean ``|s|`` of each layer, only to be looked at: no derivative flows through it."""
+    return tuple(jnp.mean(jnp.abs(s)) for s in jax.lax.stop_gradient(state))
 
 
 def _absolute(

@@ -14,7 +14,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +31,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from ep_jax import plots, training
-from ep_jax.checkpoint import Checkpoints, save_weights, to_json, write_atomically, write_json
+from ep_jax import health, plots, training
+from ep_jax.checkpoint import (
+    Checkpoints,
+    make_folder,
+    save_weights,
+    to_json,
+    write_atomically,
+    write_json,
+)
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
 from ep_jax.dynamics import Phases
@@ -43,8 +52,16 @@ Record = dict[str, Any]
 """What one epoch measured: a line of ``metrics.jsonl``."""
 
 
-class DivergedError(FloatingPointError):
-    """Training met a number that is not finite."""
+class StoppedError(Exception):
+    """A run was asked to stop, and has saved what it had.
+
+    Attributes:
+        signal: number of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def train(
@@ -72,8 +89,11 @@ def train(
         FileExistsError: `out` holds a run, and `resume` is not asked for.
         ValueError: the configuration does not fit the data, or `out` holds another run's
             checkpoint.
-        DivergedError: a loss or gradient was not finite. The last checkpoint stays, no result is
-            written.
+        OSError: a file cannot be written; the last checkpoint stays.
+        DivergedError: a state, gradient or parameter was not finite. The last checkpoint stays, no
+            result is written.
+        StoppedError: SIGTERM or Ctrl-C came. Where the run was, it can go on with `resume`.
+
     """
     out, console = Path(out), console or Console()
     if not resume and ((out / "metrics.jsonl").exists() or (out / "checkpoints").exists()):
@@ -103,12 +123,15 @@ def train(
         gradient=GRADIENTS[config.gradient],
     )
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("out", out)
     checkpoints = Checkpoints(out / "checkpoints", to_json(config))
-    history: list[Record] = []
+    history: list[Record] = []  # of epochs
+    pieces: list[Record] = []  # of dispatches of the epoch under way
     if resume and (found := checkpoints.restore(state)) is not None:
-        epoch, state, history = found
-        console.print(f"resumed after epoch {epoch} of {config.epochs}")
+        state, progress = found
+        history, pieces = progress["history"], progress["pieces"]
+        console.print(f"resumed in epoch {len(history) + 1}, after {len(pieces)} of {len(plan)} "
+                      "dispatches")  # fmt: skip
     write_json(out / "config.json", to_json(config))
 
     state, images, labels, step_key = jax.device_put(
@@ -122,41 +145,54 @@ def train(
     )
     compile_seconds = time.perf_counter() - began
 
-    with _progress(console, config.epochs, len(plan)) as report:
+    def save() -> None:
+        done = len(history) * len(plan) + len(pieces)
+        checkpoints.save(done, state, {"history": history, "pieces": pieces})
+
+    warned: set[str] = set()
+    with _heeding_signals() as asked, _progress(console, config.epochs, len(plan)) as report:
         for epoch in range(len(history) + 1, config.epochs + 1):
-            began = time.perf_counter()
-            measured: list[StepMetrics] = []
-            for i, batches in enumerate(_batches(config, data, epoch), start=1):
+            for i, batches in enumerate(_batches(config, data, epoch)[len(pieces) :], len(pieces)):
+                began = time.perf_counter()
                 batches = jax.device_put(batches, place.batches)
                 state, metrics = compiled(state, images, labels, batches, step_key)
-                measured.append(jax.device_get(metrics))
-                _check_finite(measured[-1], epoch, (i - 1) * plan.shape[1])
-                if i < len(plan):
-                    report(epoch, i, _describe(_mean([measured[-1]]), spec))
-            seconds = time.perf_counter() - began
+                metrics = jax.device_get(metrics)
+                seconds = time.perf_counter() - began
+                health.check_finite(metrics, epoch, i * plan.shape[1])
+                mean = jax.tree.map(lambda values: float(values.mean()), metrics)
+                pieces.append(_record(mean, spec) | {"seconds": seconds})
+                if asked:
+                    save()
+                    raise _stopped(asked[0], epoch, state)
+                if i + 1 < len(plan):
+                    report(epoch, i + 1, _describe(pieces[-1]))
             # Answers are computed on one device, and the parameters lie on all.
             params = jax.device_get(state.params)
             answers, _ = training.predict(
                 params, spec, config.phases, data.validation_images, eval_key
             ) if config.validation != 0 else (None, None)  # fmt: skip
-            record = {"epoch": epoch, "step": int(state.step)} | _record(_mean(measured), spec)
+            record = {"epoch": epoch, "step": int(state.step)} | _mean(pieces)
             record["val_error"] = (
                 None if answers is None else training.error_rate(answers, data.validation_labels)
             )
-            record["seconds"] = seconds
-            record["curve"] = {
-                name: [float(getattr(m, name).mean()) for m in measured]
-                for name in ("loss", "error")
-            }
+            record["warnings"] = health.complaints(record, spec, config)
+            record["seconds"] = sum(piece["seconds"] for piece in pieces)
+            record["curve"] = {name: [p[name] for p in pieces] for name in ("loss", "error")}
             history.append(record)
-            checkpoints.save(epoch, state, history)
+            pieces = []
+            save()
             lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in history)
             write_atomically(out / "metrics.jsonl", lines.encode())
             report(
                 epoch,
                 len(plan),
-                _describe(record, spec) + _shown("  val", record["val_error"], " %"),
+                _describe(record) + _shown("  val", record["val_error"], " %"),
             )
+            for kind in record["warnings"].keys() - warned:
+                console.print(f"warning: {record['warnings'][kind]}", style="yellow")
+            warned |= record["warnings"].keys()
+            if asked and epoch < config.epochs:
+                raise _stopped(asked[0], epoch, state)
     checkpoints.close()
 
     params = jax.device_get(state.params)
@@ -293,22 +329,40 @@ def _batches(config: Config, data: Dataset, epoch: int) -> np.ndarray:
     )
 
 
-def _mean(measured: list[StepMetrics]) -> StepMetrics:
-    return jax.tree.map(lambda *values: float(np.mean(values)), *measured)
+def _mean(pieces: list[Record]) -> Record:
+    return {name: np.mean([p[name] for p in pieces], axis=0).tolist() for name in pieces[0]}
 
 
-def _check_finite(metrics: StepMetrics, epoch: int, before: int) -> None:
-    """Raise where a loss or gradient is not finite: where first, and in which layers."""
-    norms = np.stack(metrics.gradient_norm)
-    bad = ~np.isfinite(metrics.loss) | ~np.isfinite(norms).all(0)
-    if not bad.any():
+@contextlib.contextmanager
+def _heeding_signals() -> Iterator[list[int]]:
+    """A list to which SIGTERM and Ctrl-C add themselves, instead of ending the program.
+
+    A second Ctrl-C ends it at once. Outside the main thread, where Python allows no handlers, the
+    list stays empty.
+    """
+    asked: list[int] = []
+
+    def heed(number: int, _: Any) -> None:
+        if number in asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
         return
-    step = int(np.argmax(bad))
-    layers = [l for l, norm in enumerate(norms[:, step], start=1) if not np.isfinite(norm)]
-    raise DivergedError(
-        f"diverged in epoch {epoch}, step {before + step + 1}: loss {metrics.loss[step]}, gradient "
-        f"not finite in layers {layers}; the last checkpoint is kept. A smaller learning rate or "
-        "gain, weaker feedback or more sweeps may help"
+    before = {n: signal.signal(n, heed) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped(number: int, epoch: int, state: training.TrainState) -> StoppedError:
+    return StoppedError(
+        f"stopped by {signal.Signals(number).name} in epoch {epoch}, after step {state.step}; "
+        "saved, and goes on with --resume",
+        number,
     )
 
 
@@ -321,10 +375,13 @@ def _record(mean: StepMetrics, spec: NetworkSpec) -> Record:
         "spikes_free": spikes_per_neuron(spec, mean.free.spikes),
         "spikes_nudged": 0.0,
         "spikes_free_per_layer": list(mean.free.spikes),
+        "activity": list(mean.free.activity),
         "gradient_norm": list(mean.gradient_norm),
+        "params_norm": list(mean.params_norm),
     }
     if mean.nudged is not None:
         record["residual_nudged"] = mean.nudged.residual
+        record["activity_nudged"] = list(mean.nudged.activity)
         record["spikes_nudged"] = spikes_per_neuron(spec, mean.nudged.spikes)
         record["spikes_nudged_per_layer"] = list(mean.nudged.spikes)
     return record
@@ -334,8 +391,7 @@ def _shown(name: str, value: float | None, unit: str = "") -> str:
     return "" if value is None else f"{name} {value:.3g}{unit}"
 
 
-def _describe(now: StepMetrics | Record, spec: NetworkSpec) -> str:
-    record = now if isinstance(now, dict) else _record(now, spec)
+def _describe(record: Record) -> str:
     return (
         f"loss {record['loss']:.4f}  error {record['error']:.2f} %  "
         f"residual {record['residual']:.1e}  moving {100 * record['moving']:.1f} %  "

@@ -49,6 +49,7 @@ class StepMetrics(NamedTuple):
         loss: mean cost of the batch.
         error: share of wrong answers in the batch, in per cent.
         gradient_norm: tuple over layers of the gradients' norms.
+        params_norm: tuple over layers of the norms of the parameters after the step.
         free: mean `PhaseInfo` of the free phases.
         nudged: mean `PhaseInfo` of the nudged phases; ``None`` for a gradient without them.
     """
@@ -56,6 +57,7 @@ class StepMetrics(NamedTuple):
     loss: jax.Array
     error: jax.Array
     gradient_norm: tuple[jax.Array, ...]
+    params_norm: tuple[jax.Array, ...]
     free: PhaseInfo
     nudged: PhaseInfo | None
 
@@ -251,7 +253,8 @@ def make_train_steps(
         metrics = StepMetrics(
             loss=info.cost,
             error=100.0 * jnp.mean(info.output.argmax(-1) != labels),
-            gradient_norm=tuple(optax.tree.norm(layer) for layer in grads),
+            gradient_norm=tuple(map(optax.tree.norm, grads)),
+            params_norm=tuple(map(optax.tree.norm, params)),
             free=info.free,
             nudged=info.nudged,
         )

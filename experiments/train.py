@@ -16,8 +16,9 @@ from typing import Annotated
 
 import tyro
 
+from ep_jax.health import DivergedError
 from ep_jax.presets import PRESETS, Config
-from ep_jax.run import DivergedError, divide_cpu, train
+from ep_jax.run import StoppedError, divide_cpu, train
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def main() -> None:
         arguments = parse(sys.argv[1:])
         divide_cpu(arguments.config.devices)
         train(arguments.config, arguments.out, resume=arguments.resume)
+    except StoppedError as stop:
+        print(f"train.py: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal)  # as a shell reports it
     except (ValueError, TypeError, OSError, DivergedError) as error:
         sys.exit(f"train.py: error: {error}")
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ep_jax as ep
-from ep_jax.checkpoint import from_json, to_json
+from ep_jax.checkpoint import Checkpoints, from_json, to_json, write_json
+from ep_jax.training import TrainState
 
 SPECS = [
     ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.Rate(0.5, "tanh"), feedback=0.3),
@@ -121,3 +129,112 @@ def test_json_of_a_record_names_its_type() -> None:
     written = json.loads(json.dumps(to_json(SPECS[2])))
     assert written["neuron"]["type"] == "DeltaCode"
     assert from_json(written) == SPECS[2]
+
+
+def state_of(seed: int) -> TrainState:
+    rng = np.random.default_rng(seed)
+    params = tuple({"w": rng.normal(size=(64, 64)), "b": rng.normal(size=64)} for _ in range(2))
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    return TrainState(params, optax.adam(1e-3).init(params), jnp.asarray(seed, jnp.int32))
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond a few bytes, as on a disk without room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """A failed write that goes unnoticed, or that takes what was there with it."""
+    first, second = state_of(1), state_of(2)
+    checkpoints = Checkpoints(tmp_path, {"seed": 0})
+    checkpoints.save(1, first, {"epochs": 1})
+    refused = pytest.raises(OSError, match=r"checkpoint 2 cannot be written to .* as it was")
+    with full_disk(), refused:
+        checkpoints.save(2, second, {"epochs": 2})
+    found = Checkpoints(tmp_path, {"seed": 0}).restore(first)
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found[0], first)
+    assert found[1] == {"epochs": 1}
+    checkpoints.save(3, second, {"epochs": 3})  # there is room again
+    found = Checkpoints(tmp_path, {"seed": 0}).restore(first)
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found[0], second)
+
+
+def test_a_full_disk_leaves_the_last_file(tmp_path: Path) -> None:
+    """The same for files that are replaced; and no remains of what was begun."""
+    write_json(tmp_path / "a.json", [1])
+    with full_disk(), pytest.raises(OSError, match=r"a\.json cannot be written: .* as it was"):
+        write_json(tmp_path / "a.json", list(range(99)))
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    """An error that does not say which argument is meant."""
+    (tmp_path / "file").touch()
+    params = ep.init_params(jax.random.key(0), SPECS[0])
+    with pytest.raises(OSError, match=r"folder is '.*below', which cannot be made: Not a dir"):
+        ep.save_weights(tmp_path / "file" / "below", params, SPECS[0], PHASES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 3}, "format is 3; this version reads format 2"),
+        ({"identity": {"seed": 1}}, "seed was 1 and is now 0"),
+        ({"identity": None}, "unreadable or foreign"),
+        ({"progress": None, "format": None}, "format is None"),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused_and_kept(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """A newer format or another run: said, and not a byte of it changed."""
+    Checkpoints(tmp_path, {"seed": 0}).save(1, state_of(1), {"epochs": 1})
+    (file,) = [p for p in tmp_path.rglob("*") if p.is_file() and b'"identity"' in p.read_bytes()]
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(tmp_path, {"seed": 0}).restore(state_of(1))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    """The same configuration, but arrays of another shape."""
+    Checkpoints(tmp_path, {}).save(1, state_of(1), {})
+    other = jax.tree.map(lambda a: a[:1] if a.ndim else a, state_of(1))
+    with pytest.raises(ValueError, match="unreadable or foreign"):
+        Checkpoints(tmp_path, {}).restore(other)
+
+
+def test_every_truncation_of_a_checkpoint_is_told(tmp_path: Path) -> None:
+    """Each of its files cut in half, one at a time: an error, or all of the data all the same."""
+    whole = tmp_path / "whole"
+    Checkpoints(whole, {}).save(1, state_of(1), {"epochs": 1})
+
+    def restored(folder: Path) -> Any:
+        try:
+            return Checkpoints(folder, {}).restore(state_of(2))
+        except ValueError as error:
+            return str(error)
+
+    told = 0
+    for i, file in enumerate(p for p in sorted(whole.rglob("*")) if p.is_file()):
+        copy = tmp_path / str(i)
+        shutil.copytree(whole, copy)
+        cut = copy / file.relative_to(whole)
+        cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+        found = restored(copy)
+        if isinstance(found, str):
+            assert "unreadable or foreign" in found
+            told += 1
+        else:
+            jax.tree.map(np.testing.assert_array_equal, found, (state_of(1), {"epochs": 1}))
+    assert told >= 3

@@ -92,7 +92,8 @@ def implicit_gradient(
         _, v, change = jax.lax.while_loop(unsettled, sweep, start)
         moved = jnp.concatenate([jnp.abs(c).ravel() > MOVING for c in change])
         nothing = tuple(jnp.zeros((), y.dtype) for _ in state)
-        return v, PhaseInfo(_norm(change), jnp.mean(moved, dtype=y.dtype), nothing)
+        moving = jnp.mean(moved, dtype=y.dtype)
+        return v, PhaseInfo(_norm(change), moving, nothing, dynamics.mean_size(v))
 
     v, adjoint_info = jax.vmap(adjoint)(free.drives, free.state, given.ys)
 
