@@ -1,0 +1,343 @@
+"""Faults put into the mathematics, one at a time: does the suite notice?
+
+    python tests/mutants.py --out runs/mutants
+    python tests/mutants.py --out runs/mutants --only nudge_sign fold_quarter
+
+Each mutant is one change of one place of `ep_jax`, made in a copy of the checkout, where the tests
+that should notice run first and then all others. A mutant is caught when a test fails; a copy
+without a fault, which must pass, comes first. The table of mutants, with what caught each, is
+written to mutants.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ep_jax.checkpoint import write_json
+from ep_jax.run import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """One fault.
+
+    Attributes:
+        fault: what is wrong.
+        file: in `ep_jax`.
+        old: text that occurs there once.
+        new: what takes its place.
+        tests: those that should notice.
+    """
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+EP, BPTT, DYN = "test_equilibrium.py", "test_bptt.py", "test_dynamics.py"
+NET, LAY, NEU = "test_network.py", "test_layers.py", "test_neurons.py"
+
+MUTANTS: dict[str, Mutant] = {
+    # Energy, currents, layers.
+    "phi_weight": Mutant(
+        "Phi without the weights alpha^(l - L)", "network.py",
+        "jnp.sum((below + links.biases[l]) * s) / spec.weight_of(l)",
+        "jnp.sum((below + links.biases[l]) * s)", NET),
+    "phi_bias": Mutant(
+        "Phi without the biases", "network.py",
+        "jnp.sum((below + links.biases[l]) * s) /", "jnp.sum(below * s) /", NET),
+    "energy_half": Mutant(
+        "|s|^2 for |s|^2 / 2", "network.py", "/ (2 * spec.weight_of(l))", "/ spec.weight_of(l)",
+        NET),
+    "weight_depth": Mutant(
+        "alpha^(L - l) off by one layer", "network.py",
+        "** (self.depth - 1 - layer)", "** (self.depth - layer)", NET),
+    "no_feedback": Mutant(
+        "no feedback at all", "dynamics.py", "spec.feedback * turn.above)", "0.0 * turn.above)",
+        DYN),
+    "full_feedback": Mutant(
+        "feedback not attenuated", "dynamics.py", "spec.feedback * turn.above)",
+        "1.0 * turn.above)", DYN),
+    "external_bias": Mutant(
+        "a bias dropped from the dynamics", "dynamics.py",
+        "return (links.biases[0] + drive, *links.biases[1:])",
+        "return (drive, *links.biases[1:])", DYN),
+    "dense_transpose": Mutant(
+        "the adjoint of a dense layer rolled by one", "layers.py",
+        "return field @ matrix.T", "return jnp.roll(field @ matrix.T, 1)", LAY),
+    "conv_transpose": Mutant(
+        "a kernel not transposed in the loop of the adjoint", "convolution.py",
+        "corner, weights = _apart(part[0]), part[1]",
+        "corner, weights = _apart(part[0]), part[1][::-1]", LAY),
+    "pool_quarter": Mutant(
+        "the adjoint of the average pool without / 4", "layers.py",
+        "2, channels), 0.25, field.dtype)", "2, channels), 1.0, field.dtype)", LAY),
+    "fold_quarter": Mutant(
+        "the folded pool without / 4", "layers.py", "for shift in shifts]) / 4",
+        "for shift in shifts])", LAY),
+    "fold_flip": Mutant(
+        "the folded kernel shifted the wrong way", "layers.py",
+        "shifts = [((i, 1 - i), (j, 1 - j)", "shifts = [((i, 1 - i), (0, 1)", LAY),
+    "padding": Mutant(
+        "padding before and after swapped", "layers.py",
+        "return before, layer.kernel - 1 - before", "return layer.kernel - 1 - before, before",
+        LAY),
+    "winners": Mutant(
+        "losers of a max pool hear as much as winners", "layers.py",
+        "return won / won.sum((1, 3), keepdims=True)", "return jnp.ones_like(won)", LAY),
+    "flatten": Mutant(
+        "blocks packed in another order than they are unpacked", "layers.py",
+        "packed = packed.reshape(h // 2, w // 2, 2, 2, c).transpose(0, 2, 1, 3, 4)",
+        "packed = packed.reshape(h // 2, w // 2, 2, 2, c).transpose(0, 3, 1, 2, 4)", LAY),
+    # The relaxation.
+    "nudge_sign": Mutant(
+        "the nudge away from the target", "dynamics.py",
+        "return -beta * cost_gradient(links, s, y)", "return beta * cost_gradient(links, s, y)",
+        EP),
+    "nudge_sign_displaced": Mutant(
+        "the same in displacement coordinates", "dynamics.py",
+        "current = current - cost_gradient(links, base.state[l] + beta * d, y)",
+        "current = current + cost_gradient(links, base.state[l] + beta * d, y)", EP),
+    "nudge_at_rest": Mutant(
+        "the nudge of the free state, not of the nudged one", "dynamics.py",
+        "cost_gradient(links, base.state[l] + beta * d, y)",
+        "cost_gradient(links, base.state[l], y)", EP),
+    "state_reset": Mutant(
+        "the nudged phase starts from zero", "dynamics.py",
+        "        start=state,\n", "        start=tuple(map(jnp.zeros_like, state)),\n", DYN),
+    "sweep_order": Mutant(
+        "ordered sweeps go up in the nudged phase as well", "dynamics.py",
+        'return tuple(reversed(upwards)) if sweep == "ordered" and nudged else tuple(upwards)',
+        "return tuple(upwards)", DYN),
+    "opening": Mutant(
+        "an opening sweep leaves out one product too many", "dynamics.py",
+        "above = l + 1 < depth and heard[l + 1]", "above = l + 2 < depth and heard[l + 1]", DYN),
+    "in_place": Mutant(
+        "synchronous sweeps read what was just updated", "dynamics.py",
+        "heard = tuple(latest if in_place else before)", "heard = tuple(latest)", DYN),
+    "damping": Mutant(
+        "a damped step that overshoots", "neurons.py",
+        "old + epsilon * (new - old)", "old + 2 * epsilon * (new - old)", NEU),
+    "displaced_unit": Mutant(
+        "a displacement clipped as if it were a state", "neurons.py",
+        "return jnp.clip(h + (x - s), -s, 1.0 - s)", "return jnp.clip(h + (x - s), 0.0, 1.0)",
+        NEU),
+    "drive_difference": Mutant(
+        "the bias in the displaced current", "dynamics.py",
+        "total = total + spec.feedback * moved\n",
+        "total = total + spec.feedback * (moved + links.biases[l])\n", EP),
+    "key_shared": Mutant(
+        "one random number for all layers", "dynamics.py",
+        "jax.random.fold_in(jax.random.fold_in(key, t), l)", "jax.random.fold_in(key, t)", DYN),
+    "key_frozen": Mutant(
+        "one random number for all sweeps", "dynamics.py",
+        "jax.random.fold_in(jax.random.fold_in(key, t), l)", "jax.random.fold_in(key, l)", DYN),
+    # Gradients.
+    "half": Mutant(
+        "the symmetric estimate without 1/2", "gradients/equilibrium.py",
+        "jnp.full(len(signs), 1 / len(signs), dtype)", "jnp.ones(len(signs), dtype)", EP),
+    "beta": Mutant(
+        "psi without 1/beta", "gradients/equilibrium.py",
+        "phi_of(inputs, s) / beta)(points.betas", "phi_of(inputs, s))(points.betas", EP),
+    "gradient_sign": Mutant(
+        "the gradient uphill", "gradients/equilibrium.py",
+        "jax.tree.map(jnp.negative, p) for p in psi", "jax.tree.map(jnp.positive, p) for p in psi",
+        EP),
+    "free_term": Mutant(
+        "one-sided EP without the free state", "gradients/equilibrium.py",
+        "return total - jnp.mean(phi_of(xs, free.state) / points.betas)", "return total", EP),
+    "second_order": Mutant(
+        "the second-order term of the displaced gradient", "gradients/equilibrium.py",
+        "nudged = base.state[l] + beta * spec.weight_of(l) * v", "nudged = base.state[l]", EP),
+    "key_of_phases": Mutant(
+        "the phases at plus and minus beta draw other random numbers",
+        "gradients/equilibrium.py",
+        "(ys, drives, state, given.nudged_keys),",
+        "(ys, drives, state, given.free_keys),", EP),
+    "conjugates": Mutant(
+        "points of the circle counted once that stand for two", "gradients/equilibrium.py",
+        "np.where(real, 1.0, 2.0)", "np.where(real, 1.0, 1.0)", EP),
+    "readout": Mutant(
+        "the read-out of a cross-entropy network does not learn", "gradients/equilibrium.py",
+        "grads = (*grads[:-1], *found.readout_gradient)", "grads = (*grads[:-1], grads[-1])", EP),
+    "softmax_nudge": Mutant(
+        "logits for probabilities in the nudge", "costs.py",
+        "jax.nn.softmax(answer) - y", "answer - y", EP),
+    "tracked": Mutant(
+        "one sweep too few tracked by truncated BPTT", "gradients/bptt.py",
+        "if tracked < phase.length:", "if (tracked := tracked - 1) < phase.length:", BPTT),
+    "remat_rest": Mutant(
+        "the sweeps that fill no segment forgotten", "gradients/bptt.py",
+        "(carry) if rest else carry", "(carry) if rest > 99 else carry", BPTT),
+    "implicit_source": Mutant(
+        "the adjoint iteration without its source", "gradients/implicit.py",
+        "new = jax.tree.map(jnp.add, source, pull(v)[0])",
+        "new = jax.tree.map(jnp.add, v, pull(v)[0])", "test_implicit.py"),
+    # Neurons.
+    "encoder_index": Mutant(
+        "encoder and decoder of different sweeps", "neurons.py",
+        "heard = sent if clock.fresh else self.leak(jnp.maximum(now - 1, 1.0))",
+        "heard = self.leak(jnp.maximum(now - 2, 1.0))", NEU),
+    "predictor": Mutant(
+        "an encoder that does not invert the decoder", "neurons.py",
+        "value = state.error + (s - (1.0 - sent) * state.s) / sent",
+        "value = state.error + (s - sent * state.s) / sent", NEU),
+    "error_lost": Mutant(
+        "what was not sent is forgotten", "neurons.py",
+        "value = state.error + (s -", "value = 0.0 * state.error + (s -", NEU),
+    "stale_known": Mutant(
+        "receivers not told of a spike", "neurons.py",
+        "return DeltaCodeState(s, kept + delta * count), count",
+        "return DeltaCodeState(s, kept), count", NEU),
+    "lag": Mutant(
+        "all layers refine at once", "neurons.py",
+        "jnp.maximum(t - self.lag * (clock.layer - 1), 0.0)", "jnp.maximum(t, 0.0)", NEU),
+    "leak": Mutant(
+        "a binary delta code that does not leak", "neurons.py",
+        "kept = (1.0 - leak) * state.known if self.leak else state.known",
+        "kept = state.known", NEU),
+    "stale_trace": Mutant(
+        "a trace that counts a step too few", "neurons.py",
+        "steps = self.leak * state.steps + 1.0", "steps = self.leak * (state.steps + 1.0)", NEU),
+    "average": Mutant(
+        "a running mean that never forgets its first value", "neurons.py",
+        "mean + (s - mean) / (over.astype(s.dtype) + 1), s)",
+        "mean + (s - mean) / (over.astype(s.dtype) + 2), s)", NEU),
+    # Training.
+    "decay_rate": Mutant(
+        "weights decay without the learning rate of their layer", "training.py",
+        "        optax.add_decayed_weights(weight_decay, mask=is_weight),\n"
+        "        optax.stateless(scale_layers),\n",
+        "        optax.stateless(scale_layers),\n"
+        "        optax.add_decayed_weights(weight_decay, mask=is_weight),\n",
+        "test_training.py"),
+    "augment_key": Mutant(
+        "every step varies its images alike", "training.py",
+        "jax.random.split(jax.random.fold_in(key, state.step))", "jax.random.split(key)",
+        "test_training.py"),
+    "epoch_order": Mutant(
+        "every epoch in the same order", "run.py",
+        "np.random.default_rng([config.seed, epoch])", "np.random.default_rng([config.seed])",
+        "test_run.py"),
+}  # fmt: skip
+
+
+def mutated(mutant: Mutant, source: str) -> str:
+    """`source` with the fault."""
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times; "
+                         "expected once")  # fmt: skip
+    return source.replace(mutant.old, mutant.new)
+
+
+class Outcome(NamedTuple):
+    """What became of a mutant: the test that failed first, or ``None``."""
+
+    name: str
+    caught_by: str | None
+    seconds: float
+
+
+@contextlib.contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of the checkout."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".*", "results", "runs", "__pycache__")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        yield copy
+
+
+def hunt(name: str, mutant: Mutant) -> Outcome:
+    """Run the suite on a mutated copy, the tests that should notice first."""
+    began = time.monotonic()
+    with copied() as copy:
+        file = copy / "ep_jax" / mutant.file
+        file.write_text(mutated(mutant, file.read_text()))
+        failed = first_failure(copy, f"tests/{mutant.tests}") or first_failure(copy, "tests")
+    return Outcome(name, failed, time.monotonic() - began)
+
+
+def first_failure(copy: Path, *words: str) -> str | None:
+    """The first test that fails; ``None`` where all pass."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *words],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+    )
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or found is None:
+        raise RuntimeError(f"pytest {words} did not run: {done.stdout[-2000:]}{done.stderr}")
+    return found[1]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Faults put into the mathematics, one at a time."""
+
+    out: Path
+    """Folder for mutants.json."""
+    only: tuple[str, ...] = ()
+    """Names of mutants; by default all."""
+    workers: int = 2
+    """Mutants at once."""
+
+
+def main() -> None:
+    """Hunt all; exit status 1 where fewer than 95 % are caught."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    chosen = {name: MUTANTS[name] for name in arguments.only or MUTANTS}
+    for mutant in chosen.values():
+        mutated(mutant, (ROOT / "ep_jax" / mutant.file).read_text())  # before hours of tests
+    with copied() as copy:
+        if failed := first_failure(copy, "tests", "-n", str(arguments.workers)):
+            sys.exit(f"mutants.py: error: {failed} fails without any fault")
+    outcomes: list[Outcome] = []
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        for outcome in pool.map(lambda item: hunt(*item), chosen.items()):
+            outcomes.append(outcome)
+            caught = outcome.caught_by or "SURVIVED"
+            Console().print(f"{outcome.name}: {caught} ({outcome.seconds:.0f} s)", soft_wrap=True)
+    rows: list[dict[str, Any]] = [
+        {"name": o.name, "fault": chosen[o.name].fault, "file": chosen[o.name].file,
+         "caught_by": o.caught_by, "seconds": round(o.seconds)}
+        for o in outcomes
+    ]  # fmt: skip
+    survivors = [row for row in rows if row["caught_by"] is None]
+    score = 1 - len(survivors) / len(rows)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "mutants.json", {"score": score, "rows": rows} | provenance())
+    table = Table(title=f"{len(rows) - len(survivors)} of {len(rows)} faults are caught")
+    for column in ("fault", "file", "caught by"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["fault"], row["file"], row["caught_by"] or "SURVIVED")
+    Console().print(table)
+    sys.exit(score < 0.95)
+
+
+if __name__ == "__main__":
+    main()
