@@ -7,6 +7,7 @@ are its exact derivatives, and gradients of the cost come from reverse-mode thro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -17,6 +18,14 @@ from jax.flatten_util import ravel_pytree
 import ep_jax as ep
 
 Tree: TypeAlias = Any
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """What `call` returns, or the ``ValueError`` it raises; any other exception is its own."""
+    try:
+        return call()
+    except ValueError as error:
+        return error
 
 
 def make_params(spec: ep.NetworkSpec, seed: int = 0, gain: float = 1.0, bias: float = 0.3) -> Tree:
