@@ -6,7 +6,7 @@ import contextlib
 import json
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,19 @@ def damage_nan(folder: Path) -> None:
     np.savez(folder / "weights.npz", **changed)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damage_nothing_there, "holds no weights.npz; expected"),
-        (damage_truncate, "weights.npz is unreadable or foreign"),
-        (damage_garbage, "network.json is unreadable or foreign"),
-        (damage_newer, "format is 999; this version reads format 1"),
-        (damage_foreign_arrays, r"arrays \['kernel'\]; expected"),
-        (damage_other_network, r"layer1\.w.* has shape .*; expected|params\[0\].* has shape"),
-        (damage_unknown_neuron, "type is 'Alien'; expected one of"),
-        (damage_nan, "NaN or infinite"),
-    ],
-)
+DAMAGES: dict[Callable[[Path], None], str] = {
+    damage_nothing_there: "holds no weights.npz; expected",
+    damage_truncate: "weights.npz is unreadable or foreign",
+    damage_garbage: "network.json is unreadable or foreign",
+    damage_newer: "format is 999; this version reads format 1",
+    damage_foreign_arrays: r"arrays \['kernel'\]; expected",
+    damage_other_network: r"layer1\.w.* has shape .*; expected|params\[0\].* has shape",
+    damage_unknown_neuron: "type is 'Alien'; expected one of",
+    damage_nan: "NaN or infinite",
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.items())
 def test_bad_weights_say_what_is_wrong(damage, message: str, tmp_path: Path) -> None:
     """One clear error, whatever happened to the files."""
     ep.save_weights(tmp_path, ep.init_params(jax.random.key(0), SPECS[0]), SPECS[0], PHASES)

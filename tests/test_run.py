@@ -318,17 +318,29 @@ def test_train_script_overrides_a_preset(tmp_path: Path) -> None:
     assert "residual" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--preset", "nope"], "invalid choice: 'nope'"),
-        (["--feedback", "2"], "feedback is 2.0; expected a finite number in (0, 1]"),
-        (["--phases.beta", "0"], "beta is 0"),
-        (["--kernels", "3"], "expected one kernel for each"),
-        (["--padding", "VALID", "--kernels", "2", "2"], "does not divide"),
-        (["--dataset", "mnist", "--data-dir", "/nowhere"], "download_and_prepare"),
-    ],
-)
+BAD_WORDS: list[tuple[list[str], str]] = [
+    (["--preset", "nope"], "invalid choice: 'nope'"),
+    (["--feedback", "2"], "feedback is 2.0; expected a finite number in (0, 1]"),
+    (["--phases.beta", "0"], "beta is 0"),
+    (["--kernels", "3"], "expected one kernel for each"),
+    (["--padding", "VALID", "--kernels", "2", "2"], "does not divide"),
+    (["--dataset", "mnist", "--data-dir", "/nowhere"], "download_and_prepare"),
+    (["--devices", "7"], "devices is 7; expected a divisor of the batch"),
+    (["--epochs", "0"], "epochs is 0; expected an integer of at least 1"),
+    (["--epochs", "three"], "three"),
+    (["--epochs"], "--epochs"),
+    (["--learning-rate", "nan"], "learning_rate is nan; expected a finite number"),
+    (["--layer-rates", "1", "2"], "expected a factor for each of the 4 layers"),
+    (["--validation", "998000"], "validation is 998000; expected an integer of at least 0"),
+    (["--train-images", "999"], "train_images is 999; expected at most the 998 there are"),
+    (["--augmentation.rotate", "200"], "rotate is 200.0; expected a number in [0, 180]"),
+    (["--delta-code.decay", "2"], "DeltaCode.decay is 2.0; expected a finite number in (0, 1]"),
+    (["--phases.sweep", "random"], "random"),
+    (["--nonsense", "1"], "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_WORDS)
 def test_train_script_explains_bad_input(
     words: list[str],
     message: str,

@@ -1,0 +1,106 @@
+"""Every bad input that the tests know, with the message it gets, as Markdown.
+
+python tests/bad_inputs.py > docs/bad_inputs.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import jax
+import test_checkpoint
+import test_data
+import test_input_checks
+import test_run
+import tyro
+
+import ep_jax as ep
+from ep_jax.data import load
+
+sys.path.insert(0, str(test_run.ROOT / "experiments"))
+
+
+def said(call: Callable[[], object]) -> str:
+    """What a call complains of."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            call()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, str) else printed.getvalue()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("a bad input was accepted")
+
+
+def told(folder: str, call: Callable[[], object]) -> str:
+    """`said`, whatever folder it was this time."""
+    return said(call).replace(folder, "DIR")
+
+
+def library() -> Iterator[tuple[str, str]]:
+    """Arguments of the library."""
+    for name, (call, *_) in test_input_checks.CASES.items():
+        yield name, said(call)
+
+
+def data_files() -> Iterator[tuple[str, str]]:
+    """Damaged IDX files."""
+    for name, (file, content, *_) in test_data.DAMAGE.items():
+        with tempfile.TemporaryDirectory() as folder:
+            test_data.write(Path(folder))
+            (Path(folder) / file.removesuffix(".gz")).unlink()
+            (Path(folder) / file).write_bytes(content)
+            yield f"{file}: {name}", told(folder, lambda at=folder: load("mnist", data_dir=at))
+
+
+def weights() -> Iterator[tuple[str, str]]:
+    """Damaged weights folders."""
+    spec = test_checkpoint.SPECS[0]
+    for damage in test_checkpoint.DAMAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            params = ep.init_params(jax.random.key(0), spec)
+            ep.save_weights(folder, params, spec, ep.Phases())
+            damage(Path(folder))
+            name = damage.__name__.removeprefix("damage_").replace("_", " ")
+            yield name, told(folder, lambda at=folder: ep.load_weights(at))
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """Arguments of experiments/train.py."""
+    import train
+
+    for words, _ in test_run.BAD_WORDS:
+        with mock.patch.object(sys, "argv", ["train.py", "--out", "new", *words]):
+            yield f"`{' '.join(words)}`", said(train.main)
+
+
+PARTS = {
+    "Arguments of the library": library,
+    "Data files (IDX)": data_files,
+    "Weights folders": weights,
+    "Command line of experiments/train.py": command_lines,
+}
+
+
+def main() -> None:
+    """Print the table."""
+    tyro.cli(lambda: None, description=__doc__)
+    print("# Bad input, and what it is told\n\nMade by `python tests/bad_inputs.py`.")
+    for part, cases in PARTS.items():
+        print(f"\n## {part}\n\n| input | message |\n|---|---|")
+        for name, message in cases():
+            # Without the usage that comes before, and the rules around it.
+            message = re.sub(r"^usage:.*(?=train.py: error)|-{4,}", "", message, flags=re.DOTALL)
+            print(f"| {name} | {' '.join(message.split())} |".replace("'|'", "'\\|'"))
+
+
+if __name__ == "__main__":
+    main()
