@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -11,7 +12,7 @@ import pytest
 from ep_jax.run import divide_cpu
 
 # The cores of a CPU as two devices, for what divides a batch.
-divide_cpu(2)
+divide_cpu(int(os.environ.get("EP_JAX_TEST_DEVICES", "2")))
 
 # The same examples on every run and machine; nothing is written to disk.
 hypothesis.settings.register_profile(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +144,7 @@ def test_a_free_phase_is_recorded_at_full_size(preset: str) -> None:
     assert [s.shape[1:] for s in seen.spikes] == list(spec.state_shapes)
 
 
+@pytest.mark.skipif(len(jax.local_devices()) < 2, reason="there is one device")
 def test_a_batch_divided_among_devices(tmp_path: Path) -> None:
     """Half a batch learned, or a mean over the devices of what is no mean."""
     config = dataclasses.replace(TINY, epochs=1, devices=2)
@@ -157,8 +159,10 @@ def test_a_batch_divided_among_devices(tmp_path: Path) -> None:
 
 def test_more_devices_than_there_are(tmp_path: Path) -> None:
     """A run that silently takes fewer devices."""
-    config = dataclasses.replace(TINY, devices=4)
-    with pytest.raises(ValueError, match=r"devices is 4; expected at most the 2 .*divide_cpu\(4\)"):
+    here = len(jax.local_devices())
+    config = dataclasses.replace(TINY, batch=96, devices=2 * here)
+    said = rf"devices is {2 * here}; expected at most the {here} .*divide_cpu\({2 * here}\)"
+    with pytest.raises(ValueError, match=said):
         train(config, tmp_path / "run")
     with pytest.raises(ValueError, match="devices is 3; expected a divisor of the batch"):
         dataclasses.replace(TINY, devices=3)
@@ -242,6 +246,20 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         assert asked == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape or a setting that changes from epoch to epoch."""
+    make = training.make_train_steps
+
+    def once(*args: Any, **settings: Any) -> Any:
+        return chex.assert_max_traces(make(*args, **settings), n=1)
+
+    monkeypatch.setattr(training, "make_train_steps", once)
+    before = training._answers._cache_size()
+    train(dataclasses.replace(TINY, hidden=(11,)), tmp_path / "out")
+    # Validation and test images, and these at four times the sweeps.
+    assert training._answers._cache_size() - before == 3
 
 
 def test_a_run_is_never_overwritten(finished: Path) -> None:

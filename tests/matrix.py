@@ -1,0 +1,130 @@
+"""The suite under stricter rules, other precisions, other versions and more devices.
+
+    python tests/matrix.py --out runs/matrix
+    python tests/matrix.py --out runs/matrix --only tracer_leaks newest_jax
+
+Rows that ask for another Python or jax make an environment of their own, with the interpreter found
+on the path; a Python that is not there is reported as such.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ep_jax.checkpoint import write_json
+from ep_jax.run import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the suite."""
+
+    rule: str
+    settings: dict[str, str] = field(default_factory=dict)
+    """Environment variables."""
+    python: str = ""
+    """Interpreter, where it is not this one."""
+    requirements: tuple[str, ...] = ()
+    """What is installed beside or instead of the pinned versions."""
+    pinned: bool = True
+    """Whether constraints.txt holds."""
+
+
+ROWS = {
+    "default": Row("as users run it"),
+    "float64": Row("double precision throughout", {"JAX_ENABLE_X64": "1"}),
+    "debug_nans": Row("every NaN an error", {"JAX_DEBUG_NANS": "1"}),
+    "strict_dtypes": Row("no implicit dtype promotion", {"JAX_NUMPY_DTYPE_PROMOTION": "strict"}),
+    "strict_ranks": Row("no implicit rank promotion", {"JAX_NUMPY_RANK_PROMOTION": "raise"}),
+    "tracer_leaks": Row("leaked tracers an error", {"JAX_CHECK_TRACER_LEAKS": "1"}),
+    "one_device": Row("one device", {"EP_JAX_TEST_DEVICES": "1"}),
+    "four_devices": Row("four devices", {"EP_JAX_TEST_DEVICES": "4"}),
+    "oldest_jax": Row("oldest supported jax", requirements=("jax==0.10.0", "jaxlib==0.10.0"),
+                      pinned=False),
+    "newest_jax": Row("newest jax", requirements=("jax", "jaxlib"), pinned=False),
+    "python3.12": Row("Python 3.12", python="python3.12", pinned=False),
+    "python3.13": Row("Python 3.13", python="python3.13", pinned=False),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The suite under many rules."""
+
+    out: Path
+    """Folder for matrix.json."""
+    only: tuple[str, ...] = tuple(ROWS)
+    """Names of rows."""
+    workers: int = 2
+    """Processes of pytest."""
+
+
+def interpreter(row: Row, folder: Path) -> str | None:
+    """The Python of a row, with what it needs installed; ``None`` where there is none."""
+    if not row.python and not row.requirements:
+        return sys.executable
+    base = shutil.which(row.python) if row.python else sys.executable
+    if base is None:
+        return None
+    subprocess.run([base, "-m", "venv", folder], check=True)
+    pins = ["-c", "constraints.txt"] if row.pinned else []
+    command = [folder / "bin" / "python", "-m", "pip", "install", "-q", *pins, "-e", ".[dev]"]
+    subprocess.run([*command, *row.requirements], cwd=ROOT, check=True)
+    return str(folder / "bin" / "python")
+
+
+def run(row: Row, workers: int) -> dict[str, Any]:
+    """Run the suite once."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        python = interpreter(row, Path(folder))
+        if python is None:
+            return {"summary": f"no {row.python} here", "failed": []}
+        command = [python, "-m", "pytest", "-q", "-n", str(workers), "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | row.settings, capture_output=True, text=True
+        )
+    found = re.search(r"^.*\b(?:passed|failed|error)\b.* in .*$", done.stdout, re.MULTILINE)
+    return {
+        "returncode": done.returncode,
+        "summary": found[0].strip("= ") if found else done.stderr[-500:],
+        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE),
+        "seconds": round(time.monotonic() - began),
+    }
+
+
+def main() -> None:
+    """Run all rows; exit status 1 where one fails."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in arguments.only:
+        rows[name] = {"rule": ROWS[name].rule} | run(ROWS[name], arguments.workers)
+        Console().print(name, rows[name], soft_wrap=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.out / "matrix.json", {"rows": rows} | provenance())
+    table = Table(title="the suite under other rules")
+    for column in ("row", "rule", "result"):
+        table.add_column(column)
+    for name, row in rows.items():
+        table.add_row(name, row["rule"], row["summary"])
+    Console().print(table)
+    sys.exit(any(row.get("returncode", 0) for row in rows.values()))
+
+
+if __name__ == "__main__":
+    main()
