@@ -212,7 +212,8 @@ def phase_operations(
     """Operations of a phase of one example; products with what is known to be zero are not made."""
     cost = products(spec)
     sweeps = (phases.nudged if nudged else phases.free) if sweeps is None else sweeps
-    plan = dynamics.plan(spec, phases, nudged)
+    from_zero = not nudged or phases.coordinates == "displacement"
+    plan = dynamics.plan(spec, phases, nudged, from_zero)
     total = 0
     for i in range(sweeps):
         for l, below, above in plan[min(i, len(plan) - 1)]:

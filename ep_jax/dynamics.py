@@ -193,7 +193,7 @@ OPENING = 2
 
 
 def plan(
-    spec: NetworkSpec, phases: Phases, nudged: bool, from_zero: bool = True
+    spec: NetworkSpec, phases: Phases, nudged: bool, from_zero: bool
 ) -> tuple[tuple[Update, ...], ...]:
     """The updates of the first sweeps of a phase and, last, those of all others.
 
@@ -205,16 +205,16 @@ def plan(
         spec: the network.
         phases: its phases.
         nudged: whether it is the nudged phase.
-        from_zero: whether the phase starts from signals of zero.
+        from_zero: whether the phase starts from signals of zero (a displacement always does).
 
     Example:
         >>> spec = NetworkSpec((2,), (network.Dense(2), network.Dense(2)))
-        >>> first, *_ = plan(spec, Phases(sweep="ordered"), nudged=False)
+        >>> first, *_ = plan(spec, Phases(sweep="ordered"), nudged=False, from_zero=True)
         >>> first
         (Update(layer=0, below=False, above=False), Update(layer=1, below=True, above=False))
     """
     depth, displaced = spec.depth, nudged and phases.coordinates == "displacement"
-    audible = [not from_zero or (nudged and not displaced)] * depth
+    audible = [not from_zero] * depth
     sweeps: list[tuple[Update, ...]] = []
     while True:
         all_speak = all(audible)

@@ -119,7 +119,7 @@ def test_the_opening_leaves_out_zeros_alone(
     plan, lengths = dynamics.plan, []
 
     def run(opening: bool) -> Any:
-        def patched(spec: Any, phases: Any, nudged: bool, from_zero: bool = True) -> Any:
+        def patched(spec: Any, phases: Any, nudged: bool, from_zero: bool) -> Any:
             found = plan(spec, phases, nudged, from_zero and opening)
             lengths.append(len(found))
             return found
