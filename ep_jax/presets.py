@@ -158,32 +158,36 @@ def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> Netwo
     )
 
 
-# The knee of experiments/frontier.py: the best gradient for the fewest sweeps and spikes.
-_CODE = DeltaCode(quantum=0.5, decay=0.6, lag=1.0, nudged_quantum=0.7, nudged_decay=0.5)
+# The knee at feedback .05 to .1 (experiments/frontier.py): the best gradient for the fewest sweeps
+# and spikes. A code that refines faster outruns a feedback that is still settling.
+_SLOWER_CODE = DeltaCode(quantum=0.5, decay=0.6, nudged_quantum=0.7, nudged_decay=0.5)
+# The knee at feedback .002, at the end of long trainings: cosines of .99 and more in every layer.
+_CODE = replace(_SLOWER_CODE, decay=0.5, nudged_decay=0.4)
 _PHASES = Phases(
-    free=9,
-    nudged=6,
+    free=7,
+    nudged=4,
     beta=0.03,
     estimator="one_sided",
     sweep="ordered",
     coordinates="displacement",
 )
 
+# A long training drives the loop gain up, whatever it was: weights grow tenfold. On FashionMNIST
+# feedback .05 ends at cosines of .65 with the exact gradient after 22 epochs, .01 at .72 after 20
+# (and .7 points behind backprop); at .001 the same weights have .997.
 _MNIST = Config(
     dataset="mnist",
     epochs=30,
     gain=0.6,
-    feedback=0.02,
+    feedback=0.002,
     delta_code=_CODE,
     phases=_PHASES,
     weight_decay=0.05,
     augmentation=Augmentation(shift=1, rotate=12.0, scale=0.12, shear=10.0),
 )
 
-_MNIST_RATE = replace(_MNIST, neuron="rate", phases=replace(_PHASES, free=5, nudged=3))
+_MNIST_RATE = replace(_MNIST, neuron="rate", phases=replace(_PHASES, free=4, nudged=2))
 
-# A long training drives the loop gain up: at feedback .05 the cosine with the exact gradient falls
-# to .65 in 22 epochs, at .01 it would be .997 with the same weights.
 _FASHION, _FASHION_RATE = (
     replace(
         config,
@@ -194,8 +198,6 @@ _FASHION, _FASHION_RATE = (
         hidden=(256,),
         augmentation=Augmentation(flip=True, erase=4),
         weight_decay=0.1,
-        feedback=0.01,
-        phases=replace(config.phases, free=config.phases.free + 1),
     )
     for config in (_MNIST, _MNIST_RATE)
 )
@@ -232,8 +234,8 @@ PRESETS: dict[str, Config] = {
         channels=(32, 64),
         kernels=(3, 3),
         padding="SAME",
-        delta_code=_CODE,
-        phases=_PHASES,
+        delta_code=_SLOWER_CODE,
+        phases=replace(_PHASES, free=9, nudged=6),
     ),
     **_compared("mnist", _MNIST, _MNIST_RATE),
     "mnist_sigma_delta": replace(
@@ -251,7 +253,7 @@ PRESETS: dict[str, Config] = {
         _MNIST,
         epochs=10,
         feedback=1.0,
-        delta_code=replace(_CODE, decay=0.8, lag=2.0),
+        delta_code=replace(_SLOWER_CODE, decay=0.8, lag=2.0),
         phases=replace(_PHASES, free=40, nudged=20),
     ),
     "mnist_paper": replace(
