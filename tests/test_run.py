@@ -256,10 +256,11 @@ def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return chex.assert_max_traces(make(*args, **settings), n=1)
 
     monkeypatch.setattr(training, "make_train_steps", once)
-    before = training._answers._cache_size()
+    answers: Any = training._answers
+    before = answers._cache_size()
     train(dataclasses.replace(TINY, hidden=(11,)), tmp_path / "out")
     # Validation and test images, and these at four times the sweeps.
-    assert training._answers._cache_size() - before == 3
+    assert answers._cache_size() - before == 3
 
 
 def test_a_run_is_never_overwritten(finished: Path) -> None:
