@@ -93,7 +93,6 @@ def train(
         DivergedError: a state, gradient or parameter was not finite. The last checkpoint stays, no
             result is written.
         StoppedError: SIGTERM or Ctrl-C came. Where the run was, it can go on with `resume`.
-
     """
     out, console = Path(out), console or Console()
     if not resume and ((out / "metrics.jsonl").exists() or (out / "checkpoints").exists()):
@@ -180,9 +179,10 @@ def train(
             record["curve"] = {name: [p[name] for p in pieces] for name in ("loss", "error")}
             history.append(record)
             pieces = []
-            save()
+            # Before the checkpoint: what comes after it is not made again when a run resumes.
             lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in history)
             write_atomically(out / "metrics.jsonl", lines.encode())
+            save()
             report(
                 epoch,
                 len(plan),
