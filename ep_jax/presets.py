@@ -205,7 +205,7 @@ _FASHION, _FASHION_RATE = (
 # Binary spikes, whose trace must forget, ask for more sweeps.
 _SIGMA_DELTA = replace(
     _MNIST,
-    epochs=10,
+    epochs=6,
     gain=1.0,
     phases=replace(_PHASES, free=25, nudged=12, sweep="alternating"),
 )
@@ -251,14 +251,14 @@ PRESETS: dict[str, Config] = {
     ),
     "mnist_feedback_1": replace(
         _MNIST,
-        epochs=10,
+        epochs=3,
         feedback=1.0,
         delta_code=replace(_SLOWER_CODE, decay=0.8, lag=2.0),
         phases=replace(_PHASES, free=40, nudged=20),
     ),
     "mnist_paper": replace(
         _MNIST,
-        epochs=3,
+        epochs=1,
         feedback=1.0,
         neuron="sigma_delta",
         # The exponents tuned by O'Connor et al. (AISTATS 2019); Lin et al. do not tell theirs.
