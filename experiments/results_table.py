@@ -3,11 +3,12 @@
     python experiments/results_table.py --results results/table
 
 A result file is the ``result.json`` of a run, kept as ``DATASET/NAME/seedN.json``; a row is a name,
-over its seeds.
+over its seeds. Published results stand above them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+
+from ep_jax.data import DATASETS
+from ep_jax.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,25 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
+PUBLISHED: dict[str, tuple[tuple[str, str, str, str], ...]] = {
+    "mnist": (
+        ("O'Connor et al. 2019", "spiking, dense", "EP", "2.4"),
+        ("Lin et al. 2024", "sigma-delta", "EP", "0.97"),
+        ("Xiao et al. 2021 (IDE)", "spiking", "implicit", "0.47"),
+        ("Ernoult et al. 2019", "rate", "EP", "1.0"),
+    ),
+    "fashion_mnist": (
+        ("Lin et al. 2024", "sigma-delta", "EP", "8.89"),
+        ("Xiao et al. 2021 (IDE)", "spiking", "implicit", "9.93"),
+    ),
+}
+"""Work, neurons, gradient and test error in per cent, by data."""
+
 HEAD = (
     "data",
     "run",
+    "neurons",
+    "gradient",
     "seeds",
     "epochs",
     "sweeps",
@@ -65,6 +85,8 @@ def row(dataset: str, name: str, found: Sequence[dict[str, Any]]) -> tuple[str, 
     return (
         dataset,
         f"`{name}`",
+        config["neuron"].replace("_", " "),
+        "backprop" if name.endswith("backprop") else config["gradient"].upper(),
         ", ".join(str(f["seed"]) for f in found),
         str(config["epochs"]),
         f"{phases['free']}/{phases['nudged']}" if ep_run else str(phases["free"]),
@@ -77,18 +99,39 @@ def row(dataset: str, name: str, found: Sequence[dict[str, Any]]) -> tuple[str, 
     )
 
 
+def published(dataset: str) -> list[tuple[str, ...]]:
+    """What others report on a data set: a test error, and little else that could be compared."""
+    rows = []
+    for work, neurons, gradient, error in PUBLISHED.get(dataset, ()):
+        known = {"data": dataset, "run": work, "neurons": neurons, "gradient": gradient}
+        known["test error, %"] = error
+        rows.append(tuple(known.get(column, "") for column in HEAD))
+    return rows
+
+
+def place(folder: Path) -> tuple[int, int, str]:
+    """Where the row of a folder stands: data and presets in their own order, then by name."""
+
+    def rank(names: Sequence[str], name: str) -> int:
+        return names.index(name) if name in names else len(names)
+
+    return rank(DATASETS, folder.parent.name), rank(list(PRESETS), folder.name), folder.name
+
+
 def table(results: Path) -> str:
     """The table in Markdown."""
-    rows = []
-    for folder in sorted(results.glob("*/*")):
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for folder in sorted(results.glob("*/*"), key=place):
         files = sorted(folder.glob("seed*.json"))
         if files:
             found = [json.loads(file.read_text()) for file in files]
-            rows.append(row(folder.parent.name, folder.name, found))
+            dataset = folder.parent.name
+            rows.setdefault(dataset, published(dataset))
+            rows[dataset].append(row(dataset, folder.name, found))
     if not rows:
         raise ValueError(f"results is {str(results)!r}; expected a folder with "
                          "DATASET/NAME/seedN.json")  # fmt: skip
-    lines = [HEAD, ["---"] * len(HEAD), *rows]
+    lines = [HEAD, ["---"] * len(HEAD), *itertools.chain(*rows.values())]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -138,6 +138,7 @@ def result_file(path: Path, seed: int, error: float, epochs: int = 10) -> None:
         "seed": seed,
         "epochs": epochs,
         "gradient": "ep",
+        "neuron": "delta_code",
         "phases": {"free": 9, "nudged": 6},
     }
     result = {
@@ -157,9 +158,12 @@ def test_results_become_a_table(tmp_path: Path) -> None:
     for seed, error in enumerate((0.5, 0.6, 0.7)):
         result_file(tmp_path / "mnist" / "preset" / f"seed{seed}.json", seed, error)
     result_file(tmp_path / "mnist" / "single" / "seed0.json", 0, 0.4)
-    *_, many, one = results_table.table(tmp_path).splitlines()
+    result_file(tmp_path / "digits" / "preset" / "seed0.json", 0, 1.0)
+    _, _, digits, *published, many, one = results_table.table(tmp_path).splitlines()
+    assert "| digits | `preset` |" in digits
+    assert any("Lin et al. 2024" in line and "| 0.97 |" in line for line in published)
     assert many == (
-        "| mnist | `preset` | 0, 1, 2 | 10 | 9/6 | 0.60 ± 0.10 | 0.61 ± 0.10 | 1.00 ± 0.00 "
+        "| mnist | `preset` | delta code | EP | 0, 1, 2 | 10 | 9/6 | 0.60 ± 0.10 | 0.61 ± 0.10 | 1.00 ± 0.00 "
         "| 0.50 | – | 1.5e+06 |"
     )
     assert "| 0.40 |" in one
