@@ -14,7 +14,7 @@ DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard ep_jax experiments benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck env clean
+.PHONY: help demo test coverage lint typecheck env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(RUNTIME) ## train a small network on the digits, from scratch
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+coverage: $(DEV) ## run the tests, and tell which lines of ep_jax they miss
+	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
 
 lint: $(DEV) ## check style and formatting
 	$(BIN)/ruff check $(SOURCES)
