@@ -24,16 +24,14 @@ WIDE = 64
 
 
 class Window(NamedTuple):
-    """A square window on a state ``[H, W, C]``: the same on both spatial axes.
+    """A square window, of stride 1, on a state ``[H, W, C]``: the same on both spatial axes.
 
     Attributes:
         size: its side.
-        stride: its step.
         pad: zeros before and after the state.
     """
 
     size: int
-    stride: int
     pad: tuple[int, int]
 
 
@@ -101,8 +99,7 @@ def transposed(
 
 def _sides(window: Window, shape: Shape) -> tuple[int, int]:
     """Height and width of what a convolution of a packed state of a shape returns."""
-    padded = [n + sum(window.pad) for n in shape[:2]]
-    height, width = ((n - window.size) // window.stride + 1 for n in padded)
+    height, width = (n + sum(window.pad) - window.size + 1 for n in shape[:2])
     return height, width
 
 
@@ -112,7 +109,7 @@ def native(window: Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(
         packed[None],
         weights,
-        (window.stride,) * 2,
+        (1, 1),
         (window.pad,) * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )[0]
@@ -125,16 +122,9 @@ def unrolled(window: Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
     """
     height, width = _sides(window, packed.shape)
     packed = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
-    size, stride = window.size, window.stride
-
-    def strided(a: jax.Array, start: int, count: int, axis: int) -> jax.Array:
-        return jax.lax.slice_in_dim(a, start, start + (count - 1) * stride + 1, stride, axis)
-
-    rows = jnp.concatenate([strided(packed, j, width, axis=1) for j in range(size)], axis=-1)
-    products = [
-        strided(rows, i, height, axis=0) @ part
-        for i, part in enumerate(matrix.reshape(size, -1, matrix.shape[-1]))
-    ]
+    rows = jnp.concatenate([packed[:, j : j + width] for j in range(window.size)], axis=-1)
+    parts = matrix.reshape(window.size, -1, matrix.shape[-1])
+    products = [rows[i : i + height] @ part for i, part in enumerate(parts)]
     return functools.reduce(jnp.add, products)
 
 
@@ -197,8 +187,7 @@ def _product(
     window: Window, packed: jax.Array, columns: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The function that multiplies one part, from a corner on, by its share of the matrix."""
-    stride = window.stride
-    height, width = ((n - 1) * stride + 1 for n in _sides(window, packed.shape))
+    height, width = _sides(window, packed.shape)
     padded = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
 
     def product(corner: jax.Array, weights: jax.Array) -> jax.Array:
@@ -206,7 +195,7 @@ def _product(
         rows = jax.lax.dynamic_slice(
             padded, (corner[0], corner[1], 0), (height, width + columns - 1, padded.shape[-1])
         )
-        gathered = [rows[::stride, j : j + width : stride] for j in range(columns)]
+        gathered = [rows[:, j : j + width] for j in range(columns)]
         return jnp.concatenate(gathered, axis=-1) @ weights
 
     return product
@@ -219,17 +208,12 @@ def looped_transpose(
     channels, (before, after) = shape[-1], window.pad
     parts = _parts(window, channels, matrix)
     height, width = (n + before + after for n in shape[:2])
-    spans = [(n - 1) * window.stride + 1 for n in field.shape[:2]]
+    rows, columns = field.shape[:2]
 
     def said(weights: jax.Array) -> list[jax.Array]:
         """What a part says to its place, column by column."""
-        product = (field @ weights.T).reshape(*field.shape[:2], parts.columns, channels)
-        apart = (0, 0, window.stride - 1)
-        zero = jnp.zeros((), product.dtype)
-        return [
-            jax.lax.pad(product[:, :, j], zero, (apart, apart, (0, 0, 0)))
-            for j in range(parts.columns)
-        ]
+        product = (field @ weights.T).reshape(rows, columns, parts.columns, channels)
+        return [product[:, :, j] for j in range(parts.columns)]
 
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         corner, weights = _apart(part[0]), part[1]
@@ -241,7 +225,7 @@ def looped_transpose(
 
     # As above: the first part in the frame of all.
     frames = [
-        jnp.pad(here, ((0, height - spans[0]), (j, width - spans[1] - j), (0, 0)))
+        jnp.pad(here, ((0, height - rows), (j, width - columns - j), (0, 0)))
         for j, here in enumerate(said(parts.matrices[0]))
     ]
     total, _ = jax.lax.scan(

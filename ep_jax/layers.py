@@ -123,14 +123,12 @@ def _folds(layer: Conv) -> bool:
 
 
 def _window(layer: Conv, below: Shape) -> Window:
-    """How a convolution gathers its patches from the packed state."""
-    k = layer.kernel
+    """How a convolution gathers its patches from what `_read` makes of the packed state."""
     before, after = _padding(layer)
     if not _folds(layer):
-        return Window(k, 1, (before, after))
-    if not _blocked(layer, below):
-        return Window(k + 1, 2, (before, after))
-    return Window(k // 2 + 1, 1, (before // 2, (after + 1) // 2))
+        return Window(layer.kernel, (before, after))
+    pad = (before // 2, (after + 1) // 2) if _blocked(layer, below) else (0, 0)
+    return Window(layer.kernel // 2 + 1, pad)
 
 
 def _padding(layer: Conv) -> tuple[int, int]:
@@ -155,10 +153,27 @@ def pack(layer: Layer, below: Shape, state: jax.Array) -> jax.Array:
         return state.reshape(-1)
     if not _blocked(layer, below):
         return state
-    h, w, c = below
-    return (
-        state.reshape(h // 2, 2, w // 2, 2, c).transpose(0, 2, 1, 3, 4).reshape(h // 2, w // 2, -1)
-    )
+    return _space_to_depth(state)
+
+
+def _space_to_depth(state: jax.Array) -> jax.Array:
+    """``[H, W, C]`` in blocks of two by two: ``[H/2, W/2, 4 C]``."""
+    h, w, c = state.shape
+    blocks = state.reshape(h // 2, 2, w // 2, 2, c).transpose(0, 2, 1, 3, 4)
+    return blocks.reshape(h // 2, w // 2, -1)
+
+
+def _read(layer: Conv, below: Shape, packed: jax.Array) -> jax.Array:
+    """What the window of a convolution slides over: blocks, wherever a pool is folded.
+
+    Where blocks of the state itself would straddle windows, it is framed by zeros first.
+    """
+    if not _folds(layer) or _blocked(layer, below):
+        return packed
+    before, _ = _padding(layer)
+    sides = (2 * (n + layer.kernel // 2) for n in layer.output_shape(below)[:2])
+    frame = [(before, side - before - n) for side, n in zip(sides, below[:2], strict=True)]
+    return _space_to_depth(jnp.pad(packed, (*frame, (0, 0))))
 
 
 def unpack(layer: Layer, below: Shape, packed: jax.Array) -> jax.Array:
@@ -178,11 +193,10 @@ def kernel(layer: Layer, below: Shape, w: jax.Array) -> jax.Array:
     # pool(conv(s, w)) = conv(s, box * w) with stride 2; box is the 2x2 average.
     shifts = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in (0, 1) for j in (0, 1)]
     folded = functools.reduce(jnp.add, [jnp.pad(w, shift) for shift in shifts]) / 4
-    if _blocked(layer, below):
-        m, c = _window(layer, below).size, below[-1]
-        extra = 2 * m - folded.shape[0]
-        folded = jnp.pad(folded, ((0, extra), (0, extra), (0, 0), (0, 0)))
-        folded = folded.reshape(m, 2, m, 2, c, -1).transpose(0, 2, 1, 3, 4, 5)
+    m, c = _window(layer, below).size, below[-1]
+    extra = 2 * m - folded.shape[0]
+    folded = jnp.pad(folded, ((0, extra), (0, extra), (0, 0), (0, 0)))
+    folded = folded.reshape(m, 2, m, 2, c, -1).transpose(0, 2, 1, 3, 4, 5)
     return folded.reshape(-1, layer.features)
 
 
@@ -197,15 +211,18 @@ def convolve(layer: Layer, below: Shape, matrix: jax.Array, packed: jax.Array) -
     """
     if isinstance(layer, Dense):
         return packed @ matrix
-    return convolution.convolve(_window(layer, below), packed, matrix)
+    return convolution.convolve(_window(layer, below), _read(layer, below, packed), matrix)
 
 
 def adjoint(layer: Layer, below: Shape, matrix: jax.Array, field: jax.Array) -> jax.Array:
     """The transpose of `convolve` for a fixed `matrix`: from what it returns to a packed state."""
     if isinstance(layer, Dense):
         return field @ matrix.T
-    packed = jax.eval_shape(lambda: pack(layer, below, jnp.zeros(below))).shape
-    return convolution.transpose(_window(layer, below), packed, field, matrix)
+    packed = jax.eval_shape(lambda: pack(layer, below, jnp.zeros(below, field.dtype)))
+    read = functools.partial(_read, layer, below)
+    blocks = jax.eval_shape(read, packed).shape
+    told = convolution.transpose(_window(layer, below), blocks, field, matrix)
+    return jax.linear_transpose(read, packed)(told)[0]
 
 
 def places(layer: Layer, shape: Shape) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -192,9 +193,10 @@ def test_shapes_follow_lax() -> None:
     ("layer", "below"),
     [
         (ep.Conv(3, 3), (8, 8, 2)),  # folded, in blocks
-        (ep.Conv(3, 3, padding="SAME"), (6, 4, 2)),  # folded, padded on one side in the blocks
+        (ep.Conv(3, 2, padding="SAME"), (6, 4, 2)),  # folded, padded on one side in the blocks
         (ep.Conv(2, 5, padding="SAME"), (6, 6, 17)),  # one position of the window at a time
-        (ep.Conv(3, 2), (5, 7, 2)),  # folded, but odd: a stride of two
+        (ep.Conv(3, 2), (5, 7, 2)),  # folded, but odd: framed by a row and a column of zeros
+        (ep.Conv(3, 3, padding="SAME"), (6, 4, 20)),  # framed on all sides, one position at a time
         (ep.Conv(2, 1), (4, 4, 65)),
         (ep.Conv(3, 4, "max", "SAME"), (6, 4, 2)),
     ],
@@ -207,6 +209,7 @@ def test_all_ways_to_convolve_are_one(layer: Any, below: tuple[int, ...]) -> Non
     """
     rng = np.random.default_rng(0)
     window = layers._window(layer, below)
+    read = functools.partial(layers._read, layer, below)
     packed = layers.pack(layer, below, jnp.asarray(rng.normal(size=below)))
     matrix = layers.kernel(layer, below, jnp.asarray(rng.normal(size=layer.weight_shape(below))))
     out = layers.convolve(layer, below, matrix, packed)
@@ -216,11 +219,12 @@ def test_all_ways_to_convolve_are_one(layer: Any, below: tuple[int, ...]) -> Non
         convolution.unrolled,
         convolution.native,
     ):
-        close(way(window, packed, matrix), out)
+        close(way(window, read(packed), matrix), out)
     field = jnp.asarray(rng.normal(size=out.shape))
     back = layers.adjoint(layer, below, matrix, field)
     assert back.shape == packed.shape
     for way in (convolution.unrolled, convolution.native):
-        close(convolution.transposed(window, packed.shape, way, field, matrix), back)
+        told = convolution.transposed(window, read(packed).shape, way, field, matrix)
+        close(jax.linear_transpose(read, packed)(told)[0], back)
     check_grads(lambda p, m: layers.convolve(layer, below, m, p), (packed, matrix), order=1)
     check_grads(lambda f, m: layers.adjoint(layer, below, m, f), (field, matrix), order=1)
