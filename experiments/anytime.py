@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -92,6 +93,8 @@ def draw(rows: list[dict[str, Any]], usual: int) -> Figure:
         axis.axvline(values[usual - 1], color="0.6", ls="--", lw=1)
         axis.set(xlabel=label, yscale="log")
         axis.grid(alpha=0.3, which="both")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(ScalarFormatter())
     sweeps.set(ylabel="test error, %")
     return figure
 
