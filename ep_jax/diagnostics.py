@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ep_jax import dynamics, network
+from ep_jax import dynamics, layers, network
 from ep_jax.checks import check_integer
 from ep_jax.costs import cost
 from ep_jax.dynamics import PhaseInfo, Phases
 from ep_jax.gradients.batch import check, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
-from ep_jax.layers import places
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
 
@@ -390,13 +389,8 @@ def connections(spec: NetworkSpec) -> tuple[int, ...]:
         >>> connections(NetworkSpec((8,), (network.Dense(4), network.Dense(2))))
         (32, 8)
     """
-    links = jax.eval_shape(lambda: network.link(network.init_params(jax.random.key(0), spec), spec))
-    return tuple(
-        places(layer, shape) * math.prod(matrix.shape)
-        for layer, shape, matrix in zip(
-            spec.layers, spec.state_shapes, links.matrices, strict=False
-        )
-    )
+    within = zip(spec.layers[: spec.depth], spec.shapes, strict=False)
+    return tuple(layers.connections(layer, below) for layer, below in within)
 
 
 def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:

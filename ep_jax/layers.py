@@ -225,16 +225,21 @@ def adjoint(layer: Layer, below: Shape, matrix: jax.Array, field: jax.Array) -> 
     return jax.linear_transpose(read, packed)(told)[0]
 
 
-def places(layer: Layer, shape: Shape) -> int:
-    """Positions at which `convolve` applies a layer's matrix: those before a pool left to do.
+def connections(layer: Layer, below: Shape) -> int:
+    """Products of one drive, but for those with the zeros that only fill blocks.
 
-    Args:
-        layer: the layer.
-        shape: logical shape of its state.
+    A pool that is left to do comes after four times as many.
+
+    Example:
+        >>> connections(Conv(2, 3), (8, 8, 1)), connections(Conv(2, 3, fold=False), (8, 8, 1))
+        (288, 648)
     """
-    count = math.prod(shape[:-1])
-    pooled_later = isinstance(layer, Conv) and layer.pool is not None and not _folds(layer)
-    return 4 * count if pooled_later else count
+    if isinstance(layer, Dense):
+        return math.prod(layer.weight_shape(below))
+    folds = _folds(layer)
+    height, width, features = layer.output_shape(below)
+    pooled_later = 4 if layer.pool is not None and not folds else 1
+    return pooled_later * height * width * (layer.kernel + folds) ** 2 * below[-1] * features
 
 
 def pool(layer: Layer, convolved: jax.Array) -> jax.Array:
