@@ -193,10 +193,11 @@ def test_shapes_follow_lax() -> None:
     ("layer", "below"),
     [
         (ep.Conv(3, 3), (8, 8, 2)),  # folded, in blocks
+        (ep.Conv(3, 3, padding="SAME"), (6, 4, 2)),  # framed on all sides
         (ep.Conv(3, 2, padding="SAME"), (6, 4, 2)),  # folded, padded on one side in the blocks
         (ep.Conv(2, 5, padding="SAME"), (6, 6, 17)),  # one position of the window at a time
         (ep.Conv(3, 2), (5, 7, 2)),  # folded, but odd: framed by a row and a column of zeros
-        (ep.Conv(3, 3, padding="SAME"), (6, 4, 20)),  # framed on all sides, one position at a time
+        (ep.Conv(3, 3, padding="SAME"), (6, 4, 20)),  # the same, one position at a time
         (ep.Conv(2, 1), (4, 4, 65)),
         (ep.Conv(3, 4, "max", "SAME"), (6, 4, 2)),
     ],
