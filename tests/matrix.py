@@ -9,6 +9,7 @@ on the path; a Python that is not there is reported as such.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -68,8 +69,8 @@ class Arguments:
 
     out: Path
     """Folder for matrix.json."""
-    only: tuple[str, ...] = tuple(ROWS)
-    """Names of rows."""
+    only: tuple[str, ...] = ()
+    """Names of rows, run anew; by default all that are not in the file yet."""
     workers: int = 2
     """Processes of pytest."""
 
@@ -79,7 +80,7 @@ def interpreter(row: Row, folder: Path) -> str | None:
     if not row.python and not row.requirements:
         return sys.executable
     base = shutil.which(row.python) if row.python else sys.executable
-    if base is None:
+    if base is None or subprocess.run([base, "--version"], capture_output=True).returncode:
         return None
     subprocess.run([base, "-m", "venv", folder], check=True)
     pins = ["-c", "constraints.txt"] if row.pinned else []
@@ -111,12 +112,14 @@ def run(row: Row, workers: int) -> dict[str, Any]:
 def main() -> None:
     """Run all rows; exit status 1 where one fails."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    rows: dict[str, dict[str, Any]] = {}
-    for name in arguments.only:
-        rows[name] = {"rule": ROWS[name].rule} | run(ROWS[name], arguments.workers)
+    file = arguments.out / "matrix.json"
+    rows: dict[str, dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else {}
+    for name in arguments.only or [name for name in ROWS if name not in rows]:
+        row = {"rule": ROWS[name].rule} | run(ROWS[name], arguments.workers)
+        rows[name] = row | {"commit": provenance()["commit"]}
         Console().print(name, rows[name], soft_wrap=True)
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.out / "matrix.json", {"rows": rows} | provenance())
+        write_json(file, {"rows": rows} | provenance())
     table = Table(title="the suite under other rules")
     for column in ("row", "rule", "result"):
         table.add_column(column)

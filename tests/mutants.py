@@ -6,12 +6,14 @@
 Each mutant is one change of one place of `ep_jax`, made in a copy of the checkout, where the tests
 that should notice run first and then all others. A mutant is caught when a test fails; a copy
 without a fault, which must pass, comes first. The table of mutants, with what caught each, is
-written to mutants.json.
+written to mutants.json as it grows; started again, the script goes on with the mutants that are
+not in it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -249,14 +251,6 @@ def mutated(mutant: Mutant, source: str) -> str:
     return source.replace(mutant.old, mutant.new)
 
 
-class Outcome(NamedTuple):
-    """What became of a mutant: the test that failed first, or ``None``."""
-
-    name: str
-    caught_by: str | None
-    seconds: float
-
-
 @contextlib.contextmanager
 def copied() -> Iterator[Path]:
     """A copy of the checkout."""
@@ -267,14 +261,20 @@ def copied() -> Iterator[Path]:
         yield copy
 
 
-def hunt(name: str, mutant: Mutant) -> Outcome:
+def hunt(name: str) -> dict[str, Any]:
     """Run the suite on a mutated copy, the tests that should notice first."""
     began = time.monotonic()
+    mutant = MUTANTS[name]
     with copied() as copy:
         file = copy / "ep_jax" / mutant.file
         file.write_text(mutated(mutant, file.read_text()))
         failed = first_failure(copy, f"tests/{mutant.tests}") or first_failure(copy, "tests")
-    return Outcome(name, failed, time.monotonic() - began)
+    return {
+        "fault": mutant.fault,
+        "file": mutant.file,
+        "caught_by": failed,
+        "seconds": round(time.monotonic() - began),
+    }
 
 
 def first_failure(copy: Path, *words: str) -> str | None:
@@ -294,6 +294,11 @@ def first_failure(copy: Path, *words: str) -> str | None:
     return found[1]
 
 
+def score(rows: dict[str, dict[str, Any]]) -> float:
+    """The share of faults that were caught."""
+    return sum(row["caught_by"] is not None for row in rows.values()) / len(rows)
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Faults put into the mathematics, one at a time."""
@@ -301,7 +306,7 @@ class Arguments:
     out: Path
     """Folder for mutants.json."""
     only: tuple[str, ...] = ()
-    """Names of mutants; by default all."""
+    """Names of mutants, hunted anew; by default all that have no row yet."""
     workers: int = 2
     """Mutants at once."""
 
@@ -309,34 +314,27 @@ class Arguments:
 def main() -> None:
     """Hunt all; exit status 1 where fewer than 95 % are caught."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    chosen = {name: MUTANTS[name] for name in arguments.only or MUTANTS}
-    for mutant in chosen.values():
-        mutated(mutant, (ROOT / "ep_jax" / mutant.file).read_text())  # before hours of tests
+    file = arguments.out / "mutants.json"
+    rows: dict[str, dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else {}
+    names = arguments.only or [name for name in MUTANTS if name not in rows]
+    for name in names:
+        mutated(MUTANTS[name], (ROOT / "ep_jax" / MUTANTS[name].file).read_text())  # before hours
     with copied() as copy:
         if failed := first_failure(copy, "tests", "-n", str(arguments.workers)):
             sys.exit(f"mutants.py: error: {failed} fails without any fault")
-    outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        for outcome in pool.map(lambda item: hunt(*item), chosen.items()):
-            outcomes.append(outcome)
-            caught = outcome.caught_by or "SURVIVED"
-            Console().print(f"{outcome.name}: {caught} ({outcome.seconds:.0f} s)", soft_wrap=True)
-    rows: list[dict[str, Any]] = [
-        {"name": o.name, "fault": chosen[o.name].fault, "file": chosen[o.name].file,
-         "caught_by": o.caught_by, "seconds": round(o.seconds)}
-        for o in outcomes
-    ]  # fmt: skip
-    survivors = [row for row in rows if row["caught_by"] is None]
-    score = 1 - len(survivors) / len(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "mutants.json", {"score": score, "rows": rows} | provenance())
-    table = Table(title=f"{len(rows) - len(survivors)} of {len(rows)} faults are caught")
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        for name, row in zip(names, pool.map(hunt, names), strict=True):
+            rows[name] = row | {"commit": provenance()["commit"]}
+            write_json(file, {"score": score(rows), "rows": rows} | provenance())
+            Console().print(f"{name}: {row['caught_by']} ({row['seconds']} s)", soft_wrap=True)
+    table = Table(title=f"{score(rows):.1%} of {len(rows)} faults are caught")
     for column in ("fault", "file", "caught by"):
         table.add_column(column)
-    for row in rows:
+    for row in rows.values():
         table.add_row(row["fault"], row["file"], row["caught_by"] or "SURVIVED")
     Console().print(table)
-    sys.exit(score < 0.95)
+    sys.exit(score(rows) < 0.95)
 
 
 if __name__ == "__main__":
