@@ -303,11 +303,16 @@ def _read_pair(images_file: Path, labels_file: Path) -> tuple[np.ndarray, np.nda
             f"{labels_file}: found {len(labels)} labels; expected {len(images)}, one for each "
             f"image in {images_file}"
         )
-    if labels.max(initial=0) >= _CLASSES:
-        raise ValueError(
-            f"{labels_file}: found the label {labels.max()}; expected labels in 0 .. {_CLASSES - 1}"
-        )
+    _check_labels(labels_file, labels)
     return images[..., np.newaxis], labels.astype(np.int32)
+
+
+def _check_labels(source: Path, labels: np.ndarray) -> None:
+    wrong = labels[(labels < 0) | (labels >= _CLASSES)]
+    if len(wrong):
+        raise ValueError(
+            f"{source}: found the label {wrong[0]}; expected labels in 0 .. {_CLASSES - 1}"
+        )
 
 
 def _read_idx(file: Path, dims: int) -> np.ndarray:
@@ -344,13 +349,16 @@ def _read_prepared(folder: Path) -> _Given:
 
     try:
         builder = tfds.builder_from_directory(folder)
-        return _Given(*_read_split(builder, "train"), *_read_split(builder, "test"))
+        given = _Given(*_read_split(builder, "train"), *_read_split(builder, "test"))
     # Which exception it is depends on the file, the format and the library that reads it.
     except Exception as error:
         raise ValueError(
             f"{folder}: found data that TensorFlow Datasets cannot read ({error}); expected a "
             "dataset that it prepared in the format array_record"
         ) from error
+    for labels in (given.train_labels, given.test_labels):
+        _check_labels(folder, labels)
+    return given
 
 
 def _read_split(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import os
 import sys
 import warnings
 import zlib
+from collections.abc import Callable
+from hashlib import md5
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
 
 from ep_jax import data
 from ep_jax.data import DATASETS, Dataset, load, to_float
@@ -288,6 +294,108 @@ def test_loads_where_the_cache_cannot_be_written(tmp_path: Path) -> None:
         dataset = load("mnist", data_dir=folder, cache_dir=tmp_path / "file", validation=10)
     assert_same(dataset, expected)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+# Prepared data
+
+
+def nested(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer message that holds bytes, up to 16 KiB of them."""
+    size = len(content)
+    return bytes([number << 3 | 2, size % 128 | 128, size // 128]) + content
+
+
+def example(image: bytes, label: int) -> bytes:
+    """A `tf.train.Example`, as TFDS writes one."""
+    features = {"image": nested(1, nested(1, image)), "label": nested(3, nested(1, bytes([label])))}
+    entries = [nested(1, nested(1, k.encode()) + nested(2, v)) for k, v in features.items()]
+    return nested(1, b"".join(entries))
+
+
+def png(number: int) -> bytes:
+    """An image that tells its own number, as `write` makes it."""
+    pixels = np.zeros((2, 3), np.uint8)
+    pixels[0, :2] = divmod(number, 256)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def prepare(folder: Path, spoil: Callable[[bytes], bytes] = bytes, label: int = 6) -> Path:
+    """The data of `write` as TFDS prepares them; training image 3 is spoiled and has a label."""
+    version = folder / "mnist" / "3.0.1"
+    version.mkdir(parents=True)
+    counts = {"train": 60, "test": 20}
+    for split, count in counts.items():
+        # TFDS sorts what it writes by a hash of its number.
+        by_hash = sorted(range(count), key=lambda i: md5(f"{split}{i}".encode()).digest())
+        file = version / f"mnist-{split}.array_record-00000-of-00001"
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for i in by_hash:
+            chosen = split == "train" and i == 3
+            image = spoil(png(i)) if chosen else png(i)
+            writer.write(example(image, label if chosen else i % 7))
+        writer.close()
+    splits = [
+        {
+            "name": split,
+            "shardLengths": [str(count)],
+            "numBytes": "1",
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        }
+        for split, count in counts.items()
+    ]
+    info = {"name": "mnist", "version": "3.0.1", "fileFormat": "array_record", "splits": splits}
+    (version / "dataset_info.json").write_text(json.dumps(info))
+    features = {
+        "image": {
+            "pythonClassName": "tensorflow_datasets.core.features.image_feature.Image",
+            "image": {"dtype": "uint8", "shape": {"dimensions": ["2", "3", "1"]}},
+        },
+        "label": {
+            "pythonClassName": ("tensorflow_datasets.core.features.class_label_feature.ClassLabel"),
+            "classLabel": {"numClasses": "10"},
+        },
+    }
+    dictionary = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    (version / "features.json").write_text(
+        json.dumps({"pythonClassName": dictionary, "featuresDict": {"features": features}})
+    )
+    return folder
+
+
+def test_prepared_data_is_what_the_idx_files_hold(tmp_path: Path) -> None:
+    expected = load("mnist", data_dir=write(tmp_path / "idx"), validation=10)
+    # In the IDX files image 3 has the label 3.
+    assert_same(
+        load("mnist", data_dir=prepare(tmp_path / "tfds", label=3), validation=10), expected
+    )
+
+
+SPOILT = {
+    "PNG cut off": ({"spoil": lambda image: image[:45]}, "3.0.1: found .*; expected"),
+    "no PNG": ({"spoil": lambda image: b"something else"}, "3.0.1: found .*; expected"),
+    "label": ({"label": 10}, r"3.0.1: found the label 10; expected labels in 0 \.\. 9"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), SPOILT.values(), ids=SPOILT)
+def test_damaged_prepared_data_are_named(
+    tmp_path: Path, damage: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("mnist", data_dir=prepare(tmp_path, **damage))
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1000])
+@pytest.mark.parametrize("kind", ["dataset_info.json", "features.json", "mnist-train*"])
+def test_prepared_files_cut_off_are_named(tmp_path: Path, kind: str, keep: int) -> None:
+    [file] = prepare(tmp_path).glob(f"mnist/3.0.1/{kind}")
+    content = file.read_bytes()
+    file.write_bytes(content[:keep])
+    with pytest.raises(ValueError, match=r"3.0.1: found .*; expected"):
+        load("mnist", data_dir=tmp_path)
 
 
 # Scaling
