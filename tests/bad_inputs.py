@@ -41,8 +41,8 @@ def said(call: Callable[[], object]) -> str:
 
 
 def told(folder: str, call: Callable[[], object]) -> str:
-    """`said`, whatever folder it was this time."""
-    return said(call).replace(folder, "DIR")
+    """`said`, whatever folder and addresses in memory it was this time."""
+    return re.sub("0x[0-9a-f]+", "0x...", said(call).replace(folder, "DIR"))
 
 
 def library() -> Iterator[tuple[str, str]]:
@@ -59,6 +59,14 @@ def data_files() -> Iterator[tuple[str, str]]:
             (Path(folder) / file.removesuffix(".gz")).unlink()
             (Path(folder) / file).write_bytes(content)
             yield f"{file}: {name}", told(folder, lambda at=folder: load("mnist", data_dir=at))
+
+
+def prepared_data() -> Iterator[tuple[str, str]]:
+    """Damaged data of TensorFlow Datasets."""
+    for name, (damage, _) in test_data.SPOILT.items():
+        with tempfile.TemporaryDirectory() as folder:
+            test_data.prepare(Path(folder), **damage)
+            yield name, told(folder, lambda at=folder: load("mnist", data_dir=at))
 
 
 def weights() -> Iterator[tuple[str, str]]:
@@ -85,6 +93,7 @@ def command_lines() -> Iterator[tuple[str, str]]:
 PARTS = {
     "Arguments of the library": library,
     "Data files (IDX)": data_files,
+    "Data prepared by TensorFlow Datasets": prepared_data,
     "Weights folders": weights,
     "Command line of experiments/train.py": command_lines,
 }
