@@ -466,7 +466,7 @@ _METHODS = {
 
 
 def _summary(config: Config, spec: NetworkSpec, result: Record, out: Path) -> Table:
-    best = [e for e in result["val_error"] if e is not None]
+    validation = result["val_error"][-1]
     spikes = " ".join(f"{s:.2f}" for s in result["spikes_per_neuron"])
     method = _METHODS[config.gradient]
     table = Table(title=f"{config.dataset}: {config.neuron}, {method}", min_width=60)
@@ -474,8 +474,8 @@ def _summary(config: Config, spec: NetworkSpec, result: Record, out: Path) -> Ta
     table.add_column("result", justify="right")
     table.add_row("test error", f"{result['test_error']:.2f} %")
     table.add_row("test error at 4x the sweeps", f"{result['test_error_4x']:.2f} %")
-    if best:
-        table.add_row("validation error, last epoch", f"{best[-1]:.2f} %")
+    if validation is not None:
+        table.add_row("validation error, last epoch", f"{validation:.2f} %")
     table.add_row("spikes per neuron and image, by layer", spikes)
     nudged = f" + {config.phases.nudged} nudged" if config.gradient == "ep" else ""
     table.add_row("sweeps", f"{config.phases.free} free{nudged}")
