@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from ep_jax.checkpoint import write_json
 from ep_jax.run import provenance
@@ -123,12 +122,7 @@ def main() -> None:
     equal = sum(row["equal"] for row in rows)
     found = {"kills": len(rows), "equal": equal, "epochs": arguments.epochs, "rows": rows}
     write_json(arguments.out / "kills.json", found | provenance())
-    table = Table(title=f"{equal} of {len(rows)} resumed runs are bit-equal")
-    for name in rows[0]:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
+    Console().print(f"{equal} of {len(rows)} resumed runs are bit-equal")
     sys.exit(equal != len(rows))
 
 

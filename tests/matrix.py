@@ -23,7 +23,6 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from ep_jax.checkpoint import write_json
 from ep_jax.run import provenance
@@ -120,12 +119,6 @@ def main() -> None:
         Console().print(name, rows[name], soft_wrap=True)
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_json(file, {"rows": rows} | provenance())
-    table = Table(title="the suite under other rules")
-    for column in ("row", "rule", "result"):
-        table.add_column(column)
-    for name, row in rows.items():
-        table.add_row(name, row["rule"], row["summary"])
-    Console().print(table)
     sys.exit(any(row.get("returncode", 0) for row in rows.values()))
 
 
