@@ -3,12 +3,14 @@
     python tests/kills.py --kills 20 --out runs/kills
 
 Every killed run must end with the weights and metrics of the uninterrupted one, bit for bit. Half
-of the kills come at a moment drawn from the whole run, half of them while a checkpoint is being
-written. For a CPU, whose results are bit-equal from run to run.
+of the kills come at a moment drawn from the whole run, from compilation to figures, half of them
+while a checkpoint is being written. A run that was faster than its kill does not count. For a CPU,
+whose results are bit-equal from run to run.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -39,7 +41,7 @@ class Arguments:
     """New folder for the runs and kills.json."""
     kills: int = 20
     """Runs to kill."""
-    epochs: int = 12
+    epochs: int = 40
     """Epochs of the digits preset."""
     seed: int = 0
     """Seed of the moments."""
@@ -82,43 +84,60 @@ def writing(out: Path) -> bool:
     return any("tmp" in path.name for path in (out / "checkpoints").glob("*"))
 
 
-def kill(out: Path, epochs: int, moment: float, while_writing: bool) -> dict[str, Any]:
-    """Start a training and kill it `moment` seconds later, or at its next write after that."""
-    began = time.monotonic()
+def kill(out: Path, epochs: int, moment: float, while_writing: bool) -> dict[str, Any] | None:
+    """Kill a training `moment` seconds after it began, or at its next write after that.
+
+    ``None`` where it had finished by then.
+    """
     process = subprocess.Popen(
         command(out, epochs), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    while process.poll() is None and not (out / "config.json").exists():
+        time.sleep(0.001)
+    began = time.monotonic()
     while process.poll() is None and time.monotonic() < began + moment:
         time.sleep(0.001)
     while while_writing and process.poll() is None and not writing(out):
         time.sleep(0.0005)
     in_write = writing(out)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    if process.wait() == 0:
+        return None
+    if process.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"{out} failed by itself")
     lines = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
     return {
         "seconds": time.monotonic() - began,
         "epochs_done": lines.count("\n"),
         "in_write": in_write,
-        "finished_before": process.returncode == 0,
     }
+
+
+def ended(out: Path, last: str) -> float:
+    """Seconds from the beginning of a run to its file `last`."""
+    return (out / last).stat().st_mtime - (out / "config.json").stat().st_mtime
 
 
 def main() -> None:
     """All kills; exit status 1 where a resumed run differs."""
     arguments = tyro.cli(Arguments, description=__doc__)
     whole = arguments.out / "whole"
-    began = time.monotonic()
     run(whole, arguments.epochs)
-    length, expected = time.monotonic() - began, left_by(whole)
-    moments = random.Random(arguments.seed)
-    rows = []
-    for number in range(arguments.kills):
+    expected = left_by(whole)
+    random_moments = random.Random(arguments.seed)
+    rows: list[dict[str, Any]] = []
+    for number in itertools.count():
+        while_writing = len(rows) % 2 == 1
+        length = ended(whole, "metrics.jsonl" if while_writing else "figures/filters.png")
         out = arguments.out / f"killed{number}"
-        row = kill(out, arguments.epochs, moments.uniform(0.2, 1.0) * length, number % 2 == 1)
+        row = kill(out, arguments.epochs, random_moments.uniform(0, length), while_writing)
+        if row is None:
+            continue
         run(out, arguments.epochs)
         rows.append(row | {"equal": left_by(out) == expected})
-        Console().print(f"{number + 1}/{arguments.kills}", rows[-1])
+        Console().print(f"{len(rows)}/{arguments.kills}", rows[-1])
+        if len(rows) == arguments.kills:
+            break
     equal = sum(row["equal"] for row in rows)
     found = {"kills": len(rows), "equal": equal, "epochs": arguments.epochs, "rows": rows}
     write_json(arguments.out / "kills.json", found | provenance())
