@@ -115,10 +115,11 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else {}
     for name in arguments.only or [name for name in ROWS if name not in rows]:
         row = {"rule": ROWS[name].rule} | run(ROWS[name], arguments.workers)
-        rows[name] = row | {"commit": provenance()["commit"]}
+        made_by = provenance()
+        rows[name] = row | {"commit": made_by["commit"]}
         Console().print(name, rows[name], soft_wrap=True)
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"rows": rows} | provenance())
+        write_json(file, {"rows": rows} | made_by)
     sys.exit(any(row.get("returncode", 0) for row in rows.values()))
 
 

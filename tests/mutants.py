@@ -324,8 +324,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(arguments.workers) as pool:
         for name, row in zip(names, pool.map(hunt, names), strict=True):
-            rows[name] = row | {"commit": provenance()["commit"]}
-            write_json(file, {"score": score(rows), "rows": rows} | provenance())
+            made_by = provenance()
+            rows[name] = row | {"commit": made_by["commit"]}
+            write_json(file, {"score": score(rows), "rows": rows} | made_by)
             Console().print(f"{name}: {row['caught_by']} ({row['seconds']} s)", soft_wrap=True)
     Console().print(f"{score(rows):.1%} of {len(rows)} faults are caught")
     sys.exit(score(rows) < 0.95)

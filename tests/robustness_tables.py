@@ -63,7 +63,7 @@ def main() -> None:
     results = tyro.cli(Arguments, description=__doc__).results
     for table in (kills, matrix, mutants):
         found = json.loads((results / f"{table.__name__}.json").read_text())
-        print(f"{table(found)}")
+        print(table(found))
 
 
 if __name__ == "__main__":
