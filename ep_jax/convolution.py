@@ -104,11 +104,12 @@ def _sides(window: Window, shape: Shape) -> tuple[int, int]:
 
 
 def native(window: Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
-    """One convolution."""
+    """One convolution, of arrays of two precisions in the higher one, as products are."""
     weights = matrix.reshape(window.size, window.size, packed.shape[-1], -1)
+    dtype = jnp.promote_types(packed.dtype, matrix.dtype)
     return jax.lax.conv_general_dilated(
-        packed[None],
-        weights,
+        packed[None].astype(dtype),
+        weights.astype(dtype),
         (1, 1),
         (window.pad,) * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),

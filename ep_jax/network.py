@@ -259,7 +259,11 @@ def is_linear(layer: Layer) -> bool:
 
 
 def input_drive(spec: NetworkSpec, links: Links, x: jax.Array) -> jax.Array:
-    """The bias-free drive of the first layer by the input: constant, so once an example."""
+    """The bias-free drive of the first layer by the input: constant, so once an example.
+
+    Where input and parameters differ in precision, all states have the higher one.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, links.matrices[0].dtype))
     return drive(spec, links, 0, ops.pack(spec.layers[0], spec.input_shape, x))
 
 

@@ -337,8 +337,8 @@ def _mean(pieces: list[Record]) -> Record:
 def _heeding_signals() -> Iterator[list[int]]:
     """A list to which SIGTERM and Ctrl-C add themselves, instead of ending the program.
 
-    A second Ctrl-C ends it at once. Outside the main thread, where Python allows no handlers, the
-    list stays empty.
+    A second Ctrl-C ends it at once. A signal that is ignored stays so: background jobs of a script
+    ignore Ctrl-C. Outside the main thread, where Python allows no handlers, the list stays empty.
     """
     asked: list[int] = []
 
@@ -350,7 +350,8 @@ def _heeding_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {n: signal.signal(n, heed) for n in (signal.SIGINT, signal.SIGTERM)}
+    heard = (n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN)
+    before = {n: signal.signal(n, heed) for n in heard}
     try:
         yield asked
     finally:

@@ -315,6 +315,15 @@ def _answers(
     return jax.lax.map(lambda args: one(*args), (images, keys), batch_size=batch)
 
 
+def check_images(spec: NetworkSpec, images: np.ndarray | jax.Array) -> None:
+    """Raise where `images` are not uint8 ``[N, *spec.input_shape]``."""
+    if images.dtype != np.uint8 or tuple(images.shape[1:]) != spec.input_shape or not len(images):
+        raise ValueError(
+            f"images has dtype {images.dtype} and shape {tuple(images.shape)}; expected uint8 of "
+            f"shape (N, {', '.join(map(str, spec.input_shape))}) with N of at least 1"
+        )
+
+
 def predict(
     params: Params,
     spec: NetworkSpec,
@@ -337,11 +346,7 @@ def predict(
         Predicted labels ``[N]`` and the mean `PhaseInfo`.
     """
     network.check_params(spec, params)
-    if images.dtype != np.uint8 or tuple(images.shape[1:]) != spec.input_shape or not len(images):
-        raise ValueError(
-            f"images has dtype {images.dtype} and shape {tuple(images.shape)}; expected uint8 of "
-            f"shape (N, {', '.join(map(str, spec.input_shape))}) with N of at least 1"
-        )
+    check_images(spec, images)
     key = jax.random.key(0) if key is None else key
     check_phases(spec, phases, key)
     outputs, info = _answers(

@@ -172,8 +172,10 @@ MUTANTS: dict[str, Mutant] = {
     "key_of_phases": Mutant(
         "the phases at plus and minus beta draw other random numbers",
         "gradients/equilibrium.py",
-        "(ys, drives, state, given.nudged_keys),",
-        "(ys, drives, state, given.free_keys),", EP),
+        "drive, y, s, beta, phases, key\n        )",
+        "drive, y, s, beta, phases,\n"
+        "            key if key is None else jax.random.fold_in(key, beta > 0))",
+        EP),
     "conjugates": Mutant(
         "points of the circle counted once that stand for two", "gradients/equilibrium.py",
         "np.where(real, 1.0, 2.0)", "np.where(real, 1.0, 1.0)", EP),

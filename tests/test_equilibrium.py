@@ -447,3 +447,21 @@ def test_jit_changes_nothing() -> None:
     jitted = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
     static, _ = jitted(params, spec, xs, ys, phases)
     np.testing.assert_allclose(flat(static), flat(plain), atol=1e-13)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("of", [ep.ep_gradient, ep.bptt_gradient, ep.implicit_gradient])
+def test_images_of_less_precision_than_the_parameters(of: Any) -> None:
+    """What is cut to the images' float32 on its way; numbers that both hold are chosen."""
+    layers = (ep.Conv(2, 3), ep.Conv(2, 3, "max", "SAME"), ep.Dense(3))
+    spec = ep.NetworkSpec((6, 6, 1), layers, ep.Rate(), feedback=0.2)
+    params, (xs, ys) = make_params(spec), make_batch(spec, 3)
+    single = jnp.asarray(xs, jnp.float32)
+    phases = ep.Phases(20, 10, coordinates="displacement")
+    run = jax.jit(of, static_argnums=(1, 4))
+    mixed, _ = run(params, spec, single, ys, phases)
+    double, _ = run(params, spec, single.astype(jnp.float64), ys, phases)
+    assert {g.dtype for g in jax.tree.leaves(mixed)} == {jnp.dtype(jnp.float64)}
+    np.testing.assert_allclose(flat(mixed), flat(double), rtol=1e-6, atol=1e-9)

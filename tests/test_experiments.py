@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pooling
+import prune
 import pytest
 import results_table
 
@@ -130,6 +131,31 @@ def test_the_answer_after_each_sweep() -> None:
         expected, info = training.predict(params, spec, replace(phases, free=sweeps), pictures)
         assert (answers[sweeps - 1] == expected).all()
         np.testing.assert_allclose(spikes[sweeps - 1], info.spikes, rtol=1e-5)
+
+
+def test_pruned_weights_answer_as_before(tmp_path: Path) -> None:
+    """A network of which two channels and three units never wake."""
+    layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
+    spec = ep.NetworkSpec((8, 8, 1), layers, ep.DeltaCode(), feedback=0.1)
+    params = list(ep.init_params(jax.random.key(0), spec))
+    for l, silent in enumerate(([0, 2], [1, 2, 7])):
+        bias = jnp.full(layers[l].features, 0.5).at[np.array(silent)].set(-50.0)
+        params[l] = params[l] | {"b": bias}
+    phases = ep.Phases(free=8, sweep="ordered")
+    ep.save_weights(tmp_path / "large", tuple(params), spec, phases)
+    prune.run(prune.Arguments(tmp_path / "large", "digits", tmp_path / "small"))
+    result = json.loads((tmp_path / "small" / "result.json").read_text())
+    assert result["before"]["units"] == [4, 8, 10]
+    assert result["after"]["units"] == [2, 5, 10]
+    assert result["before"]["parameters"] == (9 + 1) * 4 + (4 * 4 * 4 + 1) * 8 + (8 + 1) * 10
+    assert result["after"]["parameters"] == (9 + 1) * 2 + (4 * 4 * 2 + 1) * 5 + (5 + 1) * 10
+    assert result["changed_validation_answers"] == 0
+    smaller, smaller_spec, _ = ep.load_weights(tmp_path / "small")
+    assert sum(a.size for a in jax.tree.leaves(smaller)) == result["after"]["parameters"]
+    pictures = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1)).astype(np.uint8)
+    before, _ = training.predict(tuple(params), spec, phases, pictures)
+    after, _ = training.predict(smaller, smaller_spec, phases, pictures)
+    np.testing.assert_array_equal(after, before)
 
 
 def result_file(path: Path, seed: int, error: float, epochs: int = 10) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import ep_jax as ep
 from ep_jax import presets
+from ep_jax.pruning import prune
 
 SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(4), ep.Dense(3)), ep.Rate())
 PARAMS: Any = tuple(
@@ -19,6 +20,7 @@ PARAMS: Any = tuple(
     for shape in [(3, 3, 1, 2), (8, 4), (4, 3)]
 )
 STATE: Any = tuple(np.zeros(shape, np.float32) for shape in [(2, 2, 2), (4,), (3,)])
+KEEP: Any = (np.ones(2, bool), np.ones(4, bool))
 X: Any = np.zeros((6, 6, 1), np.float32)
 XS, YS = np.zeros((5, 6, 6, 1), np.float32), np.array([0, 1, 2, 1, 0])
 MAX_POOLED = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3, "max"), ep.Dense(4), ep.Dense(3)), ep.Rate())
@@ -285,6 +287,16 @@ CASES: dict[str, Case] = {
         lambda: ep.Dense(0), ValueError, ("Dense.features ", "0", "at least 1")),
     "a kernel of zero": (
         lambda: Conv(2, 0), ValueError, ("Conv.kernel ", "0", "at least 1")),
+    # Pruning.
+    "units to keep of another network": (
+        lambda: prune(PARAMS, SPEC, KEEP[:1]), ValueError,
+        ("keep ", "[('bool', (2,))]", "booleans", "[2, 4]")),
+    "shares in the place of units to keep": (
+        lambda: prune(PARAMS, SPEC, tuple(k / 2 for k in KEEP)), ValueError,
+        ("keep ", "float64", "booleans")),
+    "a layer of which nothing is kept": (
+        lambda: prune(PARAMS, SPEC, (KEEP[0], ~KEEP[1])), ValueError,
+        ("keep ", "no unit", "[2]", "one or more")),
     # Neurons.
     "a step size of zero": (
         lambda: ep.Rate(0.0), ValueError, ("Rate.epsilon ", "0.0", "(0, 1]")),

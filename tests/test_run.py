@@ -211,6 +211,15 @@ def same_as(finished: Path, resumed: Path) -> bool:
     return weights and records[0] == records[1]
 
 
+@pytest.fixture
+def in_foreground() -> Iterator[None]:
+    """Where Ctrl-C is heard; the tests themselves may run in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_foreground")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_loses_nothing(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -239,6 +248,17 @@ def test_a_run_that_is_asked_to_stop_loses_nothing(
     assert same_as(tmp_path / "whole", tmp_path / "out")
 
 
+@pytest.mark.usefixtures("in_foreground")
+def test_an_ignored_signal_stays_ignored() -> None:
+    """Ctrl-C in the terminal of a script whose background job this is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with run._heeding_signals() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert asked == []
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("in_foreground")
 def test_a_second_ctrl_c_does_not_wait() -> None:
     """A run that hangs and cannot be ended from the keyboard."""
     with run._heeding_signals() as asked:

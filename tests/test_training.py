@@ -61,14 +61,15 @@ def test_learning_rate_per_layer_and_schedule() -> None:
     assert float(jnp.abs(last[0]["w"]).max()) == 0.0
 
 
-def test_weight_decay_spares_biases() -> None:
+def test_weight_decay_spares_biases_and_follows_the_rate_of_the_layer() -> None:
     """With no gradient AdamW moves weights by -rate * decay * w and nothing else."""
-    params = ({"w": jnp.full(3, 2.0), "b": jnp.full(1, 2.0)},)
-    optimizer = training.make_optimizer(0.01, 10, layer_rates=(1.0,), weight_decay=0.1)
+    params = ({"w": jnp.full(3, 2.0), "b": jnp.full(1, 2.0)},) * 2
+    optimizer = training.make_optimizer(0.01, 10, layer_rates=(1.0, 0.25), weight_decay=0.1)
     nothing = jax.tree.map(jnp.zeros_like, params)
     updates, _ = update(optimizer, nothing, optimizer.init(params), params)
-    np.testing.assert_allclose(updates[0]["w"], -0.01 * 0.1 * 2.0, rtol=1e-6)
-    np.testing.assert_allclose(updates[0]["b"], 0.0)
+    for layer, rate in zip(updates, (0.01, 0.0025), strict=True):
+        np.testing.assert_allclose(layer["w"], -rate * 0.1 * 2.0, rtol=1e-6)
+        np.testing.assert_allclose(layer["b"], 0.0)
 
 
 def test_shifts_stay_in_bounds_and_keep_the_picture() -> None:
@@ -198,6 +199,26 @@ def test_many_steps_in_one_dispatch_are_the_same_steps() -> None:
         jax.tree.leaves(together.params), jax.tree.leaves(one_by_one.params), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("drawn", ["images", "phases"])
+def test_every_step_draws_its_own_numbers(drawn: str) -> None:
+    """The same images in each step, and a gradient that tells what it saw in place of the cost."""
+    images, labels = images_and_labels()
+
+    def seen(params: Any, spec: Any, xs: Any, ys: Any, phases: Any, key: Any) -> Any:
+        grads, info = ep.ep_gradient(params, spec, xs, ys, phases)
+        saw = jnp.mean(xs[:, :3]) if drawn == "images" else jax.random.uniform(key)
+        return grads, info._replace(cost=saw)
+
+    optimizer = training.make_optimizer(0.01, 5, layer_rates=(1.0, 1.0))
+    start = training.init_train_state(jax.random.key(0), SPEC, optimizer)
+    steps = training.make_train_steps(
+        SPEC, PHASES, optimizer, augmentation=Augmentation(erase=3), gradient=seen
+    )
+    batches = jnp.tile(jnp.arange(4), (5, 1))
+    _, metrics = jax.jit(steps)(start, images, labels, batches, jax.random.key(3))
+    assert len(set(metrics.loss.tolist())) == 5
 
 
 def test_a_training_step_follows_the_gradient_of_the_library() -> None:

@@ -70,7 +70,8 @@ def implicit_gradient(
         True
     """
     given = check(params, spec, xs, ys, phases, key)
-    tolerance = 8 * float(jnp.finfo(xs.dtype).eps) if tolerance is None else tolerance
+    precision = jnp.promote_types(xs.dtype, params[0]["w"].dtype)
+    tolerance = 8 * float(jnp.finfo(precision).eps) if tolerance is None else tolerance
     check_number("tolerance", tolerance, above=0.0)
     check_integer("max_sweeps", max_sweeps, at_least=1)
     free = settle(params, spec, xs, phases, given.free_keys)
