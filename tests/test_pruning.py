@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 SPEC = ep.NetworkSpec(
     (8, 8, 2),
-    (ep.Conv(5, 3, padding="SAME"), ep.Conv(4, 3, "max", "SAME"), ep.Dense(6), ep.Dense(3)),
+    (ep.Conv(5, 3, padding="SAME"), ep.Conv(4, 3, padding="SAME"), ep.Dense(6), ep.Dense(3)),
     feedback=0.3,
 )
 SILENT = ([0, 3], [1], [2, 5])

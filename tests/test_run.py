@@ -211,6 +211,18 @@ def same_as(finished: Path, resumed: Path) -> bool:
     return weights and records[0] == records[1]
 
 
+def test_every_epoch_and_seed_has_its_own_order() -> None:
+    """One order for all epochs: each batch would hold the same images for the whole training."""
+    data = load("digits")
+    orders = [
+        run._batches(dataclasses.replace(TINY, seed=seed), data, epoch).ravel()
+        for seed, epoch in ((0, 1), (0, 2), (1, 1), (0, 1))
+    ]
+    for other in orders[1:3]:
+        assert np.mean(orders[0] == other) < 0.05
+    np.testing.assert_array_equal(orders[0], orders[3])
+
+
 @pytest.fixture
 def in_foreground() -> Iterator[None]:
     """Where Ctrl-C is heard; the tests themselves may run in the background of a script."""
