@@ -103,7 +103,7 @@ def run(row: Row, workers: int) -> dict[str, Any]:
     return {
         "returncode": done.returncode,
         "summary": found[0].strip("= ") if found else done.stderr[-500:],
-        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE),
+        "failed": re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE),
         "seconds": round(time.monotonic() - began),
     }
 

@@ -289,7 +289,7 @@ def first_failure(copy: Path, *words: str) -> str | None:
     )
     if done.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode != 1 or found is None:
         raise RuntimeError(f"pytest {words} did not run: {done.stdout[-2000:]}{done.stderr}")
     return found[1]

@@ -24,7 +24,7 @@ class Arguments:
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in r] for r in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
