@@ -161,6 +161,13 @@ def check_params(spec: NetworkSpec, params: Params) -> None:
             raise ValueError(f"params[{i}] is {type(p).__name__}; expected a dict of 'w' and 'b'")
         check_float_array(f"params[{i}]['w']", p["w"], layer.weight_shape(below))
         check_float_array(f"params[{i}]['b']", p["b"], (layer.features,))
+        for name in ("w", "b"):
+            found, first = (
+                jax.dtypes.canonicalize_dtype(q.dtype) for q in (p[name], params[0]["w"])
+            )
+            if found != first:
+                raise TypeError(f"params[{i}]['{name}'] has dtype {found}; expected {first}, as "
+                                "params[0]['w']: one precision for all")  # fmt: skip
 
 
 def check_state(spec: NetworkSpec, state: State) -> None:

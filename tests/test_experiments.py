@@ -139,7 +139,7 @@ def test_pruned_weights_answer_as_before(tmp_path: Path) -> None:
     spec = ep.NetworkSpec((8, 8, 1), layers, ep.DeltaCode(), feedback=0.1)
     params = list(ep.init_params(jax.random.key(0), spec))
     for l, silent in enumerate(([0, 2], [1, 2, 7])):
-        bias = jnp.full(layers[l].features, 0.5).at[np.array(silent)].set(-50.0)
+        bias = jnp.full_like(params[l]["b"], 0.5).at[np.array(silent)].set(-50.0)
         params[l] = params[l] | {"b": bias}
     phases = ep.Phases(free=8, sweep="ordered")
     ep.save_weights(tmp_path / "large", tuple(params), spec, phases)

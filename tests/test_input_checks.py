@@ -117,6 +117,9 @@ CASES: dict[str, Case] = {
     "params of another network": (
         lambda: gradient(params=changed(1, "w", np.zeros((9, 4)))), ValueError,
         ("params[1]['w'] ", "(9, 4)", "(8, 4)")),
+    "a layer of another precision": (
+        lambda: free(params=changed(1, "b", np.zeros(4, np.float16))), TypeError,
+        ("params[1]['b'] ", "float16", "float32", "params[0]['w']")),
     "a bias of another size": (
         lambda: nudged(params=changed(2, "b", np.zeros(2))), ValueError,
         ("params[2]['b'] ", "(2,)", "(3)")),
