@@ -100,16 +100,17 @@ def compare(estimate: Params, exact: Params) -> Agreement:
 
         return jnp.stack([layer(p, q) for p, q in zip(a, b, strict=True)])
 
-    difference = jax.tree.map(jnp.subtract, estimate, exact)
-    dot, here, there, apart = (
-        products(a, b)
-        for a, b in (
-            (estimate, exact),
-            (estimate, estimate),
-            (exact, exact),
-            (difference, difference),
+    with jax.numpy_dtype_promotion("standard"):  # the exact one may have a higher precision
+        difference = jax.tree.map(jnp.subtract, estimate, exact)
+        dot, here, there, apart = (
+            products(a, b)
+            for a, b in (
+                (estimate, exact),
+                (estimate, estimate),
+                (exact, exact),
+                (difference, difference),
+            )
         )
-    )
 
     def measures(dot: Any, here: Any, there: Any, apart: Any) -> tuple[jax.Array, ...]:
         return dot / jnp.sqrt(here * there), jnp.sqrt(here / there), jnp.sqrt(apart / there)

@@ -194,7 +194,7 @@ def _deform(key: jax.Array, image: jax.Array, how: Augmentation) -> jax.Array:
     grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
     middle = jnp.array([height - 1, width - 1]).reshape(2, 1, 1) / 2
     # Where each pixel of the result comes from.
-    source = jnp.einsum("ij,jhw->ihw", matrix, grid - middle) + middle
+    source = jnp.einsum("ij,jhw->ihw", matrix, grid.astype(middle.dtype) - middle) + middle
     if how.warp:
         knots = how.warp * jax.random.normal(warp_key, (2, 5, 5))
         source += jax.image.resize(knots, source.shape, "cubic")
@@ -248,7 +248,8 @@ def make_train_steps(
         xs = to_float(images)
         xs = augment(augment_key, xs, augmentation)
         grads, info = gradient(state.params, spec, xs, labels, phases, phase_key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = StepMetrics(
             loss=info.cost,
@@ -302,10 +303,10 @@ def _answers(
     phases: Phases,
     batch: int,
 ) -> tuple[jax.Array, PhaseInfo]:
-    links = network.link(params, spec)
+    links, precision = network.link(params, spec), params[0]["w"].dtype
 
     def one(image: jax.Array, key: jax.Array) -> tuple[jax.Array, PhaseInfo]:
-        drive = network.input_drive(spec, links, to_float(image))
+        drive = network.input_drive(spec, links, to_float(image).astype(precision))
         state, info = settle_free(
             spec, links, drive, phases, key if spec.neuron.stochastic else None
         )

@@ -198,18 +198,18 @@ def heard_of(neuron: Any, old: Any, s: Any, layer: int, t: int) -> Any:
     new = dict(old, s=s)
     if isinstance(neuron, ep.SigmaDelta):
         value = old["error"] + (s - (1 - neuron.lam) * old["s"]) / neuron.lam
-        q = 1.0 * (value > 0.5)
+        q = jnp.where(value > 0.5, 1.0, 0.0)
         new["error"] = jnp.clip(value - q, -0.5, 0.5)
         new["known"] = (1 - neuron.lam) * old["known"] + neuron.lam * q
     elif isinstance(neuron, ep.DeltaCode):
         delta = neuron.quantum * neuron.decay ** max(0.0, t - neuron.lag * layer)
         kept = (1 - delta) * old["known"] if neuron.leak else old["known"]
         value = (s - kept) / delta
-        q = 1.0 * (value > 0.5) if neuron.leak else jnp.clip(jnp.round(value), -1, 1)
+        q = jnp.where(value > 0.5, 1.0, 0.0) if neuron.leak else jnp.clip(jnp.round(value), -1, 1)
         new["known"] = kept + delta * q
     else:
         membrane = neuron.leak * old["error"] + s
-        new["known"] = 1.0 * (membrane >= 1)
+        new["known"] = jnp.where(membrane >= 1, 1.0, 0.0)
         new["error"] = jnp.clip(membrane - new["known"], -1, 1)
     return new
 

@@ -31,7 +31,8 @@ def update(
     optimizer: optax.GradientTransformation, grads: ep.Params, state: Any, params: ep.Params
 ) -> tuple[ep.Params, Any]:
     """``optimizer.update``, whose updates have the type of the parameters."""
-    updates, state = optimizer.update(grads, state, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        updates, state = optimizer.update(grads, state, params)
     return cast(ep.Params, updates), state
 
 
@@ -231,7 +232,7 @@ def test_a_training_step_follows_the_gradient_of_the_library() -> None:
     grads, info = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))(
         state.params, SPEC, to_float(images), labels, PHASES
     )
-    updates, _ = optimizer.update(grads, state.opt_state, state.params)
+    updates, _ = update(optimizer, grads, state.opt_state, state.params)
     expected = optax.apply_updates(state.params, updates)
     for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

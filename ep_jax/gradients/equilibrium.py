@@ -58,7 +58,9 @@ def nudges(phases: Phases, batch: int, dtype: jnp.dtype, key: jax.Array | None) 
         return Nudges(phases.beta * jax.random.rademacher(key, (1, batch), dtype), jnp.ones(1))
     elif phases.estimator == "holomorphic":
         n = np.arange(phases.points // 2 + 1)
-        signs = jnp.asarray(np.exp(2j * np.pi * n / phases.points), jnp.result_type(dtype, 1j))
+        angles = 2 * np.pi * n / phases.points
+        cosines, sines = (jnp.asarray(f(angles), dtype) for f in (np.cos, np.sin))
+        signs = jax.lax.complex(cosines, sines)
         real = (n == 0) | (2 * n == phases.points)
         weights = jnp.asarray(np.where(real, 1.0, 2.0) / phases.points, dtype)
         return Nudges(jnp.broadcast_to(phases.beta * signs[:, None], (len(n), batch)), weights)
