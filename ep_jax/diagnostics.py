@@ -92,6 +92,10 @@ def compare(estimate: Params, exact: Params) -> Agreement:
         >>> float(agreement.cosine[0]), float(agreement.norm_ratio[0])
         (1.0, 2.0)
     """
+    both = jax.tree.leaves((estimate, exact))
+    with jax.numpy_dtype_promotion("standard"):  # the exact one may have a higher precision
+        precision = jnp.result_type(*both)
+    estimate, exact = jax.tree.map(lambda g: jnp.asarray(g, precision), (estimate, exact))
 
     def products(a: Params, b: Params) -> jax.Array:
         def layer(p: Any, q: Any) -> jax.Array:
@@ -100,17 +104,16 @@ def compare(estimate: Params, exact: Params) -> Agreement:
 
         return jnp.stack([layer(p, q) for p, q in zip(a, b, strict=True)])
 
-    with jax.numpy_dtype_promotion("standard"):  # the exact one may have a higher precision
-        difference = jax.tree.map(jnp.subtract, estimate, exact)
-        dot, here, there, apart = (
-            products(a, b)
-            for a, b in (
-                (estimate, exact),
-                (estimate, estimate),
-                (exact, exact),
-                (difference, difference),
-            )
+    difference = jax.tree.map(jnp.subtract, estimate, exact)
+    dot, here, there, apart = (
+        products(a, b)
+        for a, b in (
+            (estimate, exact),
+            (estimate, estimate),
+            (exact, exact),
+            (difference, difference),
         )
+    )
 
     def measures(dot: Any, here: Any, there: Any, apart: Any) -> tuple[jax.Array, ...]:
         return dot / jnp.sqrt(here * there), jnp.sqrt(here / there), jnp.sqrt(apart / there)
