@@ -29,3 +29,10 @@ def x64() -> Iterator[None]:
     """
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs() -> Iterator[None]:
+    """Programs that no other module runs: kept, they take gigabytes by the end of the suite."""
+    yield
+    jax.clear_caches()
