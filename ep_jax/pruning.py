@@ -47,7 +47,7 @@ def activity(
     images: np.ndarray | jax.Array,
     batch: int = 100,
 ) -> tuple[np.ndarray, ...]:
-    """The share of images on which each hidden unit is not zero in all sweeps of the free phase.
+    """The share of images that wake each hidden unit: its state leaves zero in some free sweep.
 
     Args:
         params: parameters of `spec`.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 import tyro
 from rich.console import Console
 
@@ -43,10 +42,9 @@ class Arguments:
 
 
 def main() -> None:
-    """Prune, compare on the validation images, evaluate, write."""
+    """Run, and say in one line what was wrong where the input was."""
     try:
-        arguments = tyro.cli(Arguments, description=__doc__)
-        run(arguments)
+        run(tyro.cli(Arguments, description=__doc__))
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"prune.py: error: {error}")
 
@@ -56,7 +54,7 @@ def run(arguments: Arguments) -> None:
     params, spec, phases = load_weights(arguments.weights)
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     awake = activity(params, spec, phases, data.train_images)
-    keep = tuple(np.asarray(share > arguments.share) for share in awake)
+    keep = tuple(share > arguments.share for share in awake)
     networks = {"before": (params, spec), "after": prune(params, spec, keep)}
     answers = {
         name: predict(*network, phases, data.validation_images)[0]
