@@ -156,7 +156,7 @@ def bias_and_variance(estimates: Params, exact: Params) -> Spread:
             seeds = len(e)
             t = jnp.broadcast_to(true[name], e.shape)
             wrong = e - t
-            mean = jnp.mean(wrong, 0)
+            mean = jnp.mean(wrong, 0, keepdims=True)
             spread = jnp.sum((wrong - mean) ** 2) / (seeds - 1)
             bias = bias + jnp.sum(mean**2) - spread / seeds
             variance = variance + spread

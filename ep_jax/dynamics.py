@@ -726,9 +726,9 @@ def nudged_phase(
     network.check_example(spec, params, x, state)
     check_phases(spec, phases, key)
     check_beta("beta", beta)
-    target = targets(spec, y, x.dtype)
     links = network.link(params, spec)
     drive = network.input_drive(spec, links, x)
+    target = targets(spec, y, drive.dtype)
     packed = network.pack(spec, tuple(state))
     if phases.coordinates == "absolute":
         nudged, info = settle_nudged(spec, links, drive, target, packed, beta, phases, key, trace)

@@ -266,12 +266,16 @@ def is_linear(layer: Layer) -> bool:
 
 
 def input_drive(spec: NetworkSpec, links: Links, x: jax.Array) -> jax.Array:
-    """The bias-free drive of the first layer by the input: constant, so once an example.
-
-    Where input and parameters differ in precision, all states have the higher one.
-    """
-    x = x.astype(jnp.promote_types(x.dtype, links.matrices[0].dtype))
+    """The bias-free drive of the first layer by the input: constant, so once an example."""
+    x = as_precise_as(links.matrices[0], x)
     return drive(spec, links, 0, ops.pack(spec.layers[0], spec.input_shape, x))
+
+
+def as_precise_as(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """An input in the higher precision of its own and the parameters', which all states have."""
+    with jax.numpy_dtype_promotion("standard"):  # explicit here, so no strict rule is broken
+        precision = jnp.promote_types(x.dtype, weights.dtype)
+    return x.astype(precision)
 
 
 def current(

@@ -30,9 +30,8 @@ def _activity(
         return tuple((s != 0).reshape(-1, s.shape[-1]).any(0) for s in now.state[:hidden])
 
     def of_image(image: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
-        x = to_float(image).astype(params[0]["w"].dtype)
         noise = key if spec.neuron.stochastic else None
-        _, info = free_phase(params, spec, x, phases, noise, trace=of_sweep)
+        _, info = free_phase(params, spec, to_float(image), phases, noise, trace=of_sweep)
         return jax.tree.map(lambda sweeps: sweeps.any(0), info.trace)
 
     keys = jax.random.split(jax.random.key(0), len(images))

@@ -214,7 +214,7 @@ def _erase(key: jax.Array, image: jax.Array, side: int) -> jax.Array:
         return (start <= jnp.arange(length)) & (jnp.arange(length) < start + side)
 
     row_key, column_key = jax.random.split(key)
-    hole = covered(row_key, height)[:, None] & covered(column_key, width)
+    hole = covered(row_key, height)[:, None] & covered(column_key, width)[None, :]
     return jnp.where(hole[:, :, None], 0.0, image)
 
 
@@ -303,10 +303,10 @@ def _answers(
     phases: Phases,
     batch: int,
 ) -> tuple[jax.Array, PhaseInfo]:
-    links, precision = network.link(params, spec), params[0]["w"].dtype
+    links = network.link(params, spec)
 
     def one(image: jax.Array, key: jax.Array) -> tuple[jax.Array, PhaseInfo]:
-        drive = network.input_drive(spec, links, to_float(image).astype(precision))
+        drive = network.input_drive(spec, links, to_float(image))
         state, info = settle_free(
             spec, links, drive, phases, key if spec.neuron.stochastic else None
         )

@@ -374,7 +374,7 @@ def _mechanism(
         true, true_winners = seen_by_pool(state)
         # Equal windows (all silent) have no winner to speak of.
         moves = jnp.mean(winners[1:] != winners[:-1])
-        wrong = jnp.mean(winners != true_winners)
+        wrong = jnp.mean(winners != true_winners[None])
         return state, pooled.mean(0) - true, true, moves, wrong
 
     states, gap, true, moves, wrong = jax.vmap(one)(xs)

@@ -64,7 +64,7 @@ def affine(layer: ep.Conv | ep.Dense, p: Tree, below: jax.Array) -> jax.Array:
     out = jax.lax.conv_general_dilated(
         below[None], p["w"], (1, 1), layer.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    out = out[0] + p["b"]
+    out = out[0] + jnp.broadcast_to(p["b"], out[0].shape)
     window = {"window_dimensions": (2, 2, 1), "window_strides": (2, 2, 1), "padding": "VALID"}
     if layer.pool == "avg":
         return jax.lax.reduce_window(out, np.zeros((), out.dtype)[()], jax.lax.add, **window) / 4

@@ -165,7 +165,8 @@ MUTANTS: dict[str, Mutant] = {
         EP),
     "free_term": Mutant(
         "one-sided EP without the free state", "gradients/equilibrium.py",
-        "return total - jnp.mean(phi_of(xs, free.state) / points.betas)", "return total", EP),
+        "return total - jnp.mean(phi_of(given.xs, free.state) / points.betas[0])", "return total",
+        EP),
     "second_order": Mutant(
         "the second-order term of the displaced gradient", "gradients/equilibrium.py",
         "nudged = base.state[l] + beta * spec.weight_of(l) * v", "nudged = base.state[l]", EP),

@@ -58,7 +58,8 @@ def test_bias_and_variance_are_unbiased() -> None:
     rng = np.random.default_rng(0)
 
     def noisy(value: Any, by: Any) -> Any:
-        return value + by + sigma * rng.normal(size=(repeats, seeds, *value.shape))
+        noise = rng.normal(size=(repeats, seeds, *value.shape))
+        return np.asarray(value) + np.asarray(by) + sigma * noise
 
     estimates = jax.tree.map(noisy, exact, shift)
     found = jax.jit(jax.vmap(diagnostics.bias_and_variance, in_axes=(0, None)))(estimates, exact)

@@ -71,24 +71,19 @@ def test_a_max_pool_does_not_see_spikes_as_it_sees_traces() -> None:
     """The study's mechanism: single spikes move winners and inflate maxima, traces hardly do."""
     budget = pooling.Budget(channels=(4, 4), hidden=8, gain=1.0)
     xs, ys = images(4)
-    found = {}
-    for pool in pooling.POOLS:
-        spec = pooling.network_of(budget, pool, ep.Rate(), 0.05)
-        params = ep.init_params(jax.random.key(0), spec)
-        (exact,) = common.exact_gradients(params, spec, xs[None], ys[None])
-        twin = jax.vmap(lambda x, p=params, s=spec: ep.free_phase(p, s, x, ep.Phases(60))[0])(xs)
-        case = pooling.Case(params, xs, ys, exact, twin, 0.0)
-        for code in ("rate", "constant", "constant, pool on traces"):
-            found[pool, code] = pooling._measure(budget, pool, 0.05, code, "few", [case])
-    for pool in pooling.POOLS:
-        assert found[pool, "rate"]["cosine"][0] > 0.999
-        assert max(found[pool, "rate"]["state_error"][0]) < 1e-4
-    spikes, traces = found["max", "constant"], found["max", "constant, pool on traces"]
+    spec = pooling.network_of(budget, "max", ep.Rate(), 0.05)
+    params = ep.init_params(jax.random.key(0), spec)
+    (exact,) = common.exact_gradients(params, spec, xs[None], ys[None])
+    settle = jax.jit(jax.vmap(lambda x: ep.free_phase(params, spec, x, ep.Phases(60))[0]))
+    case = pooling.Case(params, xs, ys, exact, settle(xs), 0.0)
+    rate, spikes, traces = (
+        pooling._measure(budget, "max", 0.05, code, "few", [case])
+        for code in ("rate", "constant", "constant, pool on traces")
+    )
+    assert rate["cosine"][0] > 0.999
+    assert max(rate["state_error"][0]) < 1e-4
     assert spikes["winner_moves"][0] > 2 * traces["winner_moves"][0] > 0
     assert spikes["bias"][0] > 4 * abs(traces["bias"][0])
-    same = (found["avg", "constant"], found["avg", "constant, pool on traces"])
-    assert same[0]["winner_moves"] == [0.0]
-    np.testing.assert_allclose(same[0]["cosine"], same[1]["cosine"], atol=1e-3)
 
 
 def test_frontier_measures_against_the_exact_gradient() -> None:

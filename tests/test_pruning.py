@@ -36,7 +36,6 @@ def silenced(spec: ep.NetworkSpec) -> Any:
 @pytest.mark.parametrize(
     ("neuron", "cost", "estimator", "coordinates"),
     [
-        (ep.Rate, "cross_entropy", "symmetric", "absolute"),
         (ep.Rate, "cross_entropy", "one_sided", "displacement"),
         (ep.DeltaCode, "squared_error", "one_sided", "displacement"),
         (ep.SigmaDelta, "squared_error", "symmetric", "absolute"),

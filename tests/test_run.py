@@ -52,6 +52,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs of which other files are looked at."""
+    monkeypatch.setattr(run, "_draw", lambda *args: None)
+
+
 def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     """Result, metrics, weights and figures, with what is needed to repeat it."""
     result = json.loads((finished / "result.json").read_text())
@@ -82,21 +88,18 @@ def test_the_result_is_what_the_weights_give(finished: Path) -> None:
     assert training.error_rate(answers, data.test_labels) == result["test_error_4x"]
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize(
     ("name", "shown"),
     [("bptt", "back-propagation through time"), ("implicit", "implicit differentiation")],
 )
-def test_a_run_by_another_gradient(
-    name: Any, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_by_another_gradient(name: Any, shown: str, tmp_path: Path) -> None:
     """A run that uses EP all the same, or learns other images than the first so many.
 
     One step on all of the images that are left: the norms it writes are those of the gradient at
     the initial weights, of these images in any order.
     """
     config = dataclasses.replace(TINY, epochs=1, gradient=name, train_images=100)
-    if name == "implicit":  # figures are drawn of the other run
-        monkeypatch.setattr(run, "_draw", lambda *args: None)
     console = Console(file=io.StringIO(), width=100)
     result = run.train(config, tmp_path, console=console)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -144,6 +147,7 @@ def test_a_free_phase_is_recorded_at_full_size(preset: str) -> None:
     assert [s.shape[1:] for s in seen.spikes] == list(spec.state_shapes)
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.skipif(len(jax.local_devices()) < 2, reason="there is one device")
 def test_a_batch_divided_among_devices(tmp_path: Path) -> None:
     """Half a batch learned, or a mean over the devices of what is no mean."""
@@ -180,6 +184,7 @@ class KilledError(Exception):
     """Stands for a machine that went away."""
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_resumed_run_is_the_uninterrupted_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,7 +236,7 @@ def in_foreground() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("in_foreground")
+@pytest.mark.usefixtures("in_foreground", "without_figures")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_loses_nothing(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -280,6 +285,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shape or a setting that changes from epoch to epoch."""
     make = training.make_train_steps
@@ -310,6 +316,7 @@ def test_another_runs_checkpoint_is_refused(finished: Path) -> None:
         train(other, finished, resume=True)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_an_unreadable_checkpoint_is_an_error(tmp_path: Path) -> None:
     """Not a silent fresh start, which would lose the run."""
     out = tmp_path / "out"

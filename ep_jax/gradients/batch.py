@@ -34,6 +34,7 @@ class Checked(NamedTuple):
     """The arguments of a gradient, fit for use.
 
     Attributes:
+        xs: inputs ``[B, ...]`` in the precision of the states.
         ys: one-hot targets ``[B, classes]``.
         estimator_key: the estimator's own key; ``None`` without a key.
         free_keys: a key for each example's free phase ``[B]``; ``None`` unless the neurons are
@@ -41,6 +42,7 @@ class Checked(NamedTuple):
         nudged_keys: likewise for its nudged phases.
     """
 
+    xs: jax.Array
     ys: jax.Array
     estimator_key: jax.Array | None
     free_keys: jax.Array | None
@@ -55,11 +57,13 @@ def check(
     dynamics.check_inputs(spec, xs)
     dynamics.check_phases(spec, phases, key)
     batch = xs.shape[0]
+    xs = network.as_precise_as(params[0]["w"], xs)
     estimator_key, phase_key = (None, None) if key is None else jax.random.split(key)
     free_keys, nudged_keys = None, None
     if spec.neuron.stochastic and phase_key is not None:
         free_keys, nudged_keys = jax.random.split(phase_key, (2, batch))
-    return Checked(targets(spec, ys, xs.dtype, (batch,)), estimator_key, free_keys, nudged_keys)
+    ys = targets(spec, ys, xs.dtype, (batch,))
+    return Checked(xs, ys, estimator_key, free_keys, nudged_keys)
 
 
 class Free(NamedTuple):

@@ -80,7 +80,7 @@ def bptt_gradient(
             state, info = _settle(spec, links, drive, phases, key, tracked, remat)
             return cost(spec, links, state[-1], y), (read_out(links, state[-1]), info)
 
-        costs, seen = jax.vmap(one)(xs, given.ys, given.free_keys)
+        costs, seen = jax.vmap(one)(given.xs, given.ys, given.free_keys)
         return jnp.mean(costs), seen
 
     (value, (output, info)), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)

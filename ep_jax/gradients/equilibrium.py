@@ -55,7 +55,8 @@ def nudges(phases: Phases, batch: int, dtype: jnp.dtype, key: jax.Array | None) 
     elif phases.estimator == "random_sign":
         if key is None:
             raise ValueError("key is None; expected a random key with estimator='random_sign'")
-        return Nudges(phases.beta * jax.random.rademacher(key, (1, batch), dtype), jnp.ones(1))
+        signs = jax.random.rademacher(key, (1, batch), dtype)
+        return Nudges(phases.beta * signs, jnp.ones(1, dtype))
     elif phases.estimator == "holomorphic":
         n = np.arange(phases.points // 2 + 1)
         angles = 2 * np.pi * n / phases.points
@@ -126,10 +127,10 @@ def ep_gradient(
         ((3, 4), (5, 2))
     """
     given = check(params, spec, xs, ys, phases, key)
-    points = nudges(phases, len(xs), xs.dtype, given.estimator_key)
-    free = settle(params, spec, xs, phases, given.free_keys)
+    points = nudges(phases, len(given.xs), given.xs.dtype, given.estimator_key)
+    free = settle(params, spec, given.xs, phases, given.free_keys)
     contrast = _displaced if phases.coordinates == "displacement" else _absolute
-    mean_psi, nudged_info = contrast(spec, phases, xs, given, free, points)
+    mean_psi, nudged_info = contrast(spec, phases, given, free, points)
 
     psi = jax.grad(mean_psi)(params)
     grads = tuple(jax.tree.map(jnp.negative, p) for p in psi)
@@ -145,7 +146,7 @@ Contrast: TypeAlias = tuple[Callable[[Params], jax.Array], PhaseInfo]
 
 
 def _absolute(
-    spec: NetworkSpec, phases: Phases, xs: jax.Array, given: Checked, free: Free, points: Nudges
+    spec: NetworkSpec, phases: Phases, given: Checked, free: Free, points: Nudges
 ) -> Contrast:
     """Nudged phases of the state itself: ``psi`` is a difference of Phi."""
     like = _cast_to(points.betas.dtype)
@@ -161,18 +162,18 @@ def _absolute(
     def mean_psi(params: Params) -> jax.Array:
         links = like(network.link(params, spec))
         phi_of = jax.vmap(lambda x, s: network.working_phi(spec, links, x, s))
-        inputs = like(xs)
+        inputs = like(given.xs)
         psi = jax.vmap(lambda beta, s: phi_of(inputs, s) / beta)(points.betas, nudged)
         total = points.weights @ jnp.mean(psi.real, axis=1)
         if phases.estimator in ("symmetric", "holomorphic"):  # the free states cancel
             return total
-        return total - jnp.mean(phi_of(xs, free.state) / points.betas)
+        return total - jnp.mean(phi_of(given.xs, free.state) / points.betas[0])
 
     return mean_psi, info
 
 
 def _displaced(
-    spec: NetworkSpec, phases: Phases, xs: jax.Array, given: Checked, free: Free, points: Nudges
+    spec: NetworkSpec, phases: Phases, given: Checked, free: Free, points: Nudges
 ) -> Contrast:
     """Nudged phases of the displacement: ``psi`` without a difference."""
     like = _cast_to(points.betas.dtype)
@@ -192,7 +193,7 @@ def _displaced(
         psi = _each(
             lambda beta, d, x, base: displacement_psi(spec, links, x, base, d, beta),
             (points.betas, d),
-            (like(xs), base),
+            (like(given.xs), base),
         )
         return points.weights @ jnp.mean(psi.real, axis=1)
 

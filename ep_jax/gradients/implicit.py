@@ -70,11 +70,12 @@ def implicit_gradient(
         True
     """
     given = check(params, spec, xs, ys, phases, key)
-    precision = jnp.promote_types(xs.dtype, params[0]["w"].dtype)
-    tolerance = 8 * float(jnp.finfo(precision).eps) if tolerance is None else tolerance
-    check_number("tolerance", tolerance, above=0.0)
+    if tolerance is not None:
+        check_number("tolerance", tolerance, above=0.0)
     check_integer("max_sweeps", max_sweeps, at_least=1)
-    free = settle(params, spec, xs, phases, given.free_keys)
+    free = settle(params, spec, given.xs, phases, given.free_keys)
+    if tolerance is None:
+        tolerance = 8 * float(jnp.finfo(free.state[-1].dtype).eps)
 
     def adjoint(drive: jax.Array, state: State, y: jax.Array) -> tuple[State, PhaseInfo]:
         pull = jax.vjp(lambda s: rate_sweep(spec, free.links, drive, s), state)[1]
@@ -106,7 +107,7 @@ def implicit_gradient(
             swept = rate_sweep(spec, links, network.input_drive(spec, links, x), state)
             return sum(map(jnp.vdot, swept, v), start=jnp.zeros((), x.dtype))
 
-        return jnp.mean(jax.vmap(one)(xs, free.state, v))
+        return jnp.mean(jax.vmap(one)(given.xs, free.state, v))
 
     grads = jax.grad(mean_pull)(params)
     found = answer(spec, free.links, free.state[-1], given.ys)
