@@ -99,10 +99,10 @@ def run(row: Row, workers: int) -> dict[str, Any]:
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | row.settings, capture_output=True, text=True
         )
-    found = re.search(r"^.*\b(?:passed|failed|error)\b.* in .*$", done.stdout, re.MULTILINE)
+    lines = re.findall(r"^.*\b(?:passed|failed|error)\b.* in .*$", done.stdout, re.MULTILINE)
     return {
         "returncode": done.returncode,
-        "summary": found[0].strip("= ") if found else done.stderr[-500:],
+        "summary": lines[-1].strip("= ") if lines else done.stderr[-500:],
         "failed": re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE),
         "seconds": round(time.monotonic() - began),
     }
