@@ -16,7 +16,11 @@ divide_cpu(int(os.environ.get("EP_JAX_TEST_DEVICES", "2")))
 
 # The same examples on every run and machine; nothing is written to disk.
 hypothesis.settings.register_profile(
-    "ep_jax", max_examples=40, deadline=None, derandomize=True, database=None
+    "ep_jax",
+    max_examples=int(os.environ.get("EP_JAX_TEST_EXAMPLES", "40")),
+    deadline=None,
+    derandomize=True,
+    database=None,
 )
 hypothesis.settings.load_profile("ep_jax")
 

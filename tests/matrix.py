@@ -51,7 +51,9 @@ ROWS = {
     "debug_nans": Row("every NaN an error", {"JAX_DEBUG_NANS": "1"}),
     "strict_dtypes": Row("no implicit dtype promotion", {"JAX_NUMPY_DTYPE_PROMOTION": "strict"}),
     "strict_ranks": Row("no implicit rank promotion", {"JAX_NUMPY_RANK_PROMOTION": "raise"}),
-    "tracer_leaks": Row("leaked tracers an error", {"JAX_CHECK_TRACER_LEAKS": "1"}),
+    # The check has every call of a jitted function traced and compiled anew.
+    "tracer_leaks": Row("leaked tracers an error (4 examples of each property)",
+                        {"JAX_CHECK_TRACER_LEAKS": "1", "EP_JAX_TEST_EXAMPLES": "4"}),
     "one_device": Row("one device", {"EP_JAX_TEST_DEVICES": "1"}),
     "four_devices": Row("four devices", {"EP_JAX_TEST_DEVICES": "4"}),
     "oldest_jax": Row("oldest supported jax", requirements=("jax==0.10.0", "jaxlib==0.10.0"),
