@@ -726,9 +726,10 @@ def nudged_phase(
     network.check_example(spec, params, x, state)
     check_phases(spec, phases, key)
     check_beta("beta", beta)
+    x = network.as_precise_as(params[0]["w"], x)
+    target = targets(spec, y, x.dtype)
     links = network.link(params, spec)
     drive = network.input_drive(spec, links, x)
-    target = targets(spec, y, drive.dtype)
     packed = network.pack(spec, tuple(state))
     if phases.coordinates == "absolute":
         nudged, info = settle_nudged(spec, links, drive, target, packed, beta, phases, key, trace)

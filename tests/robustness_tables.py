@@ -41,7 +41,10 @@ def kills(found: dict[str, Any]) -> str:
 def matrix(found: dict[str, Any]) -> str:
     """A line for each way to run the suite."""
     rows = found["rows"].values()
-    return markdown(("rule", "result"), [(row["rule"], row["summary"]) for row in rows])
+    return markdown(
+        ("rule", "versions", "result"),
+        [(row["rule"], row["versions"], row["summary"]) for row in rows],
+    )
 
 
 def mutants(found: dict[str, Any]) -> str:

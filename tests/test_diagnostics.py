@@ -72,8 +72,9 @@ def test_bias_and_variance_are_unbiased() -> None:
             standard_error = float(jnp.std(ours)) / repeats**0.5
             assert abs(float(jnp.mean(ours)) - expected) < 5 * standard_error
     # No noise: the bias is exact, and an exact gradient for each seed is subtracted from its own.
-    truths = jax.tree.map(lambda v: v * jnp.arange(1.0, 4.0).reshape(3, *[1] * v.ndim), exact)
-    still = diagnostics.bias_and_variance(jax.tree.map(jnp.add, truths, shift), truths)
+    truths = jax.tree.map(lambda v: jnp.stack([v, 2 * v, 3 * v]), exact)
+    shifted = jax.tree.map(lambda t, by: t + jnp.stack([by] * 3), truths, shift)
+    still = diagnostics.bias_and_variance(shifted, truths)
     np.testing.assert_allclose(still.bias, [0.1 / (9 * 14 / 3), 0], atol=1e-15)
     np.testing.assert_allclose(still.variance, 0, atol=1e-15)
 
