@@ -426,11 +426,12 @@ def energy(params: Params, spec: NetworkSpec, x: jax.Array, state: State) -> jax
 
     Args and example: as for `phi`.
     """
+    interaction = phi(params, spec, x, state)  # which checks the arguments
     self_energy = sum(
         (jnp.sum(s**2) / (2 * spec.weight_of(l)) for l, s in enumerate(state)),
         start=jnp.zeros((), state[-1].dtype),
     )
-    return self_energy - phi(params, spec, x, state)
+    return self_energy - interaction
 
 
 def check_example(

@@ -35,6 +35,13 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def nans_allowed() -> Iterator[None]:
+    """For tests that make NaNs on purpose, where the suite runs with every NaN an error."""
+    with jax.debug_nans(False):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs() -> Iterator[None]:
     """Programs that no other module runs: kept, they take gigabytes by the end of the suite."""

@@ -33,6 +33,7 @@ def layer(w: Any, b: Any) -> dict[str, jax.Array]:
 # Gradients compared.
 
 
+@pytest.mark.usefixtures("nans_allowed")
 def test_agreement_of_gradients_made_by_hand() -> None:
     """Norms of weights alone, a mean of layers for the total, estimate and exact exchanged."""
     exact = (layer([3, 0], [4]), layer([[0, 12]], [0]), layer([0], [0]))

@@ -104,6 +104,7 @@ def test_frontier_measures_against_the_exact_gradient() -> None:
     assert spiking["spikes_free"] > 0.1
 
 
+@pytest.mark.usefixtures("nans_allowed")
 def test_intervals_and_json() -> None:
     """Student's t for five values by hand; numbers that are none become None."""
     mean, half = common.interval([1.0, 2.0, 3.0, 4.0, 5.0])

@@ -47,6 +47,7 @@ def test_a_healthy_training_passes(healthy: Any) -> None:
     health.check_finite(healthy, epoch=1, before=0)
 
 
+@pytest.mark.usefixtures("nans_allowed")
 @pytest.mark.parametrize(
     ("broken", "said"),
     [

@@ -351,6 +351,7 @@ def built_too_early(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("a phase was built from wrong input")
 
 
+@pytest.mark.usefixtures("nans_allowed")
 @pytest.mark.parametrize("name", CASES)
 def test_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that is missing, comes after the phases were built, or leaves the user guessing."""

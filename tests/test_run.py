@@ -331,6 +331,7 @@ def test_an_unreadable_checkpoint_is_an_error(tmp_path: Path) -> None:
         train(dataclasses.replace(TINY, epochs=1), out, resume=True)
 
 
+@pytest.mark.usefixtures("nans_allowed")
 @pytest.mark.filterwarnings("ignore:overflow|invalid:RuntimeWarning")
 def test_a_run_that_diverges_says_where_and_writes_no_result(tmp_path: Path) -> None:
     """No NaN ever reaches a result."""
