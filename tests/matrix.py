@@ -47,15 +47,15 @@ class Row:
 
 ROWS = {
     "default": Row("as users run it"),
-    "float64": Row("double precision throughout", {"JAX_ENABLE_X64": "1"}),
+    "float64": Row("double precision throughout, one device",
+                   {"JAX_ENABLE_X64": "1", "EP_JAX_TEST_DEVICES": "1"}),
+    "four_devices": Row("four devices", {"EP_JAX_TEST_DEVICES": "4"}),
     "debug_nans": Row("every NaN an error", {"JAX_DEBUG_NANS": "1"}),
-    "strict_dtypes": Row("no implicit dtype promotion", {"JAX_NUMPY_DTYPE_PROMOTION": "strict"}),
-    "strict_ranks": Row("no implicit rank promotion", {"JAX_NUMPY_RANK_PROMOTION": "raise"}),
+    "strict": Row("no implicit promotion of dtypes or ranks",
+                  {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}),
     # The check has every call of a jitted function traced and compiled anew.
     "tracer_leaks": Row("leaked tracers an error (4 examples of each property)",
                         {"JAX_CHECK_TRACER_LEAKS": "1", "EP_JAX_TEST_EXAMPLES": "4"}),
-    "one_device": Row("one device", {"EP_JAX_TEST_DEVICES": "1"}),
-    "four_devices": Row("four devices", {"EP_JAX_TEST_DEVICES": "4"}),
     "python3.12": Row("Python 3.12, oldest supported jax", python="python3.12",
                       requirements=("jax==0.10.0", "jaxlib==0.10.0"), pinned=False),
     "python3.13": Row("Python 3.13, newest jax, newest of all else", python="python3.13",
