@@ -99,7 +99,7 @@ def run(row: Row, workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         python = interpreter(row, Path(folder))
         if python is None:
-            return {"summary": f"no {row.python} here", "failed": []}
+            return {"versions": "–", "summary": f"no {row.python} here", "failed": []}
         command = [python, "-m", "pytest", "-q", "-n", str(workers), "-p", "no:cacheprovider"]
         told = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True)
         done = subprocess.run(
