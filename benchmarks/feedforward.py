@@ -43,5 +43,6 @@ def feedforward_gradient(
 
     (value, output), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)
     zero = jnp.zeros(())
-    nothing = ep.PhaseInfo(zero, zero, *[(zero,) * spec.depth] * 2)
+    every = (zero,) * spec.depth
+    nothing = ep.PhaseInfo(zero, every, *[zero] * 4, every, every)
     return grads, ep.GradientInfo(value, output, nothing)

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 import ep_jax as ep
-from ep_jax import dynamics
+from ep_jax import phases as phases_
 from ep_jax.diagnostics import connections
 from ep_jax.gradients.equilibrium import nudges
 from ep_jax.presets import PRESETS, spec_of
@@ -213,7 +213,7 @@ def phase_operations(
     cost = products(spec)
     sweeps = (phases.nudged if nudged else phases.free) if sweeps is None else sweeps
     from_zero = not nudged or phases.coordinates == "displacement"
-    plan = dynamics.plan(spec, phases, nudged, from_zero)
+    plan = phases_.plan(spec, phases, nudged, from_zero)
     total = 0
     for i in range(sweeps):
         for l, below, above in plan[min(i, len(plan) - 1)]:

@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from ep_jax import dynamics, layers, network
 from ep_jax.checks import check_integer
 from ep_jax.costs import cost
-from ep_jax.dynamics import PhaseInfo, Phases
+from ep_jax.dynamics import Absolute, PhaseInfo, mean_info
 from ep_jax.gradients.batch import check, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
+from ep_jax.phases import Phases
 
 
 def rate_twin(spec: NetworkSpec) -> NetworkSpec:
@@ -365,7 +366,7 @@ def distance_to_rate(
 
     apart = jnp.stack([rms(a - b) for a, b in zip(free.state, fixed.state, strict=True)])
     size = jnp.stack([rms(b) for b in fixed.state])
-    return StateDistance(apart, apart / size, jax.tree.map(jnp.mean, free.info))
+    return StateDistance(apart, apart / size, mean_info(free.info))
 
 
 def spikes_per_neuron(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:
@@ -445,7 +446,7 @@ def spectral_radius(
     links = network.link(params, spec)
     drive = network.input_drive(spec, links, x)
     packed = network.pack(spec, state)
-    currents = dynamics.base_of(spec, links, drive, packed).currents
+    currents = Absolute(spec, links, drive, packed).swept(packed).currents
     slopes = tuple(
         jax.jvp(dynamics.activation_of(spec, l).apply, (i,), (jnp.ones_like(i),))[1]
         for l, i in enumerate(currents)

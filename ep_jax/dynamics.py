@@ -1,11 +1,5 @@
 """The phases: relaxation of the state, free and nudged, one ``lax.scan`` each.
 
-A sweep updates every layer once. In what order it does so changes how fast the state settles, not
-where: ``synchronous`` updates all layers from the same old signals, ``alternating`` every other
-layer and then the rest, ``ordered`` one after the other, bottom-up in the free phase (as the input
-travels) and top-down in the nudged one (as the error does). Each sweep computes the drive and the
-adjoint of each layer once, so all cost the same.
-
 The nudged phase exists in two coordinates with one fixed point. In *absolute* coordinates the state
 itself relaxes under the nudge ``-beta dC/ds_L``. In *displacement* coordinates its displacement
 relaxes, in units in which it is of order one in every layer::
@@ -18,79 +12,34 @@ with ``I0`` the currents of the free state, ``s0 = sigma(I0)`` and ``A'`` the dr
 All maps between layers are affine, so this is exact at any beta; no small difference of large
 numbers is formed, so it is exact in any precision. (A max pool is affine but for its winners; its
 exact differences are in `ep_jax.network`.)
+
+Whether a phase has settled, only the map tells whose fixed point it seeks: a code that has stopped
+to send looks at rest wherever it is. So at the end of each phase one sweep ``F`` of rate neurons is
+computed from the read-out ``s``, and the residual is ``|F(s) - s|``, relative, in each layer.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ep_jax import network
-from ep_jax.checks import check_choice, check_float_array, check_integer, check_number, known
+from ep_jax.checks import check_float_array
 from ep_jax.costs import cost_gradient, targets
-from ep_jax.network import Links, NetworkSpec, Params, State, is_linear
-from ep_jax.neurons import ACTIVATIONS, Activation, Clock, Relax, relax, relax_displacement
-
-ESTIMATORS = ("one_sided", "random_sign", "symmetric", "holomorphic")
-SWEEPS = ("synchronous", "alternating", "ordered")
-COORDINATES = ("absolute", "displacement")
-SIGNALS = ("full", "bfloat16")
+from ep_jax.network import Links, NetworkSpec, Params, State
+from ep_jax.neurons import ACTIVATIONS, Activation, Clock, relax, relax_displacement
+from ep_jax.phases import Phases, Update, check_beta, check_nudge, check_phases, plan
 
 MOVING = 1e-3
-"""A unit counts as moving when a sweep changes it by more than this."""
-
-
-@dataclass(frozen=True)
-class Phases:
-    """How the network is relaxed and how its gradient is estimated. Static under ``jit``.
-
-    Attributes:
-        free: sweeps of the free phase.
-        nudged: sweeps of the nudged phase.
-        beta: nudging strength, not 0.
-        estimator: ``"one_sided"`` (free against beta), ``"random_sign"`` (free against plus or
-            minus beta, drawn for each example), ``"symmetric"`` (plus against minus beta) or
-            ``"holomorphic"`` (`points` complex betas on a circle; smooth activations only).
-        sweep: ``"synchronous"``, ``"alternating"`` or ``"ordered"``.
-        coordinates: ``"absolute"`` or ``"displacement"``, of the nudged phase.
-        points: number of points of the holomorphic estimator.
-        nudged_signals: ``"full"``, or ``"bfloat16"``: what goes through the weights in the nudged
-            phase is rounded to 8 significant bits; states and sums keep their precision. A
-            displacement can bear that. A free state cannot: the output's error, to which all that
-            is learned is proportional, is a small difference.
-
-    Example:
-        >>> Phases(free=12, nudged=8, sweep="alternating", coordinates="displacement").beta
-        0.1
-    """
-
-    free: int = 100
-    nudged: int = 30
-    beta: float = 0.1
-    estimator: Literal["one_sided", "random_sign", "symmetric", "holomorphic"] = "symmetric"
-    sweep: Literal["synchronous", "alternating", "ordered"] = "synchronous"
-    coordinates: Literal["absolute", "displacement"] = "absolute"
-    points: int = 4
-    nudged_signals: Literal["full", "bfloat16"] = "full"
-
-    def __post_init__(self) -> None:
-        check_integer("Phases.free", self.free, at_least=1)
-        check_integer("Phases.nudged", self.nudged, at_least=1)
-        check_beta("Phases.beta", self.beta)
-        check_choice("Phases.estimator", self.estimator, ESTIMATORS)
-        check_choice("Phases.sweep", self.sweep, SWEEPS)
-        check_choice("Phases.coordinates", self.coordinates, COORDINATES)
-        check_integer("Phases.points", self.points, at_least=2)
-        check_choice("Phases.nudged_signals", self.nudged_signals, SIGNALS)
-        if self.estimator == "holomorphic" and self.nudged_signals != "full":
-            raise ValueError(f"Phases.nudged_signals is {self.nudged_signals!r}; expected 'full' "
-                             "with estimator='holomorphic', whose signals are complex")  # fmt: skip
+"""A unit counts as moving when a sweep would change it by more than this."""
+UNSETTLED = 1e-2
+"""An example counts as unsettled when its relative residual is larger than this."""
+CHECK = 4
+"""A phase with a tolerance looks at its residual every so many sweeps."""
 
 
 class Snapshot(NamedTuple):
@@ -101,7 +50,8 @@ class Snapshot(NamedTuple):
         state: tuple over layers of the analog states (in displacement coordinates: of ``D``).
         spikes: tuple over layers of the spikes emitted in this sweep; zeros for rate neurons.
         signals: tuple over layers of what goes through the weights.
-        residual: ``|s_{t+1} - s_t|`` of this sweep.
+        residual: the relative residual of the read-out after this sweep (`PhaseInfo`). It costs a
+            sweep where a trace returns it, else nothing.
     """
 
     step: jax.Array
@@ -117,9 +67,20 @@ Trace: TypeAlias = Callable[[Snapshot], Any]
 class PhaseInfo(NamedTuple):
     """What a phase tells about itself.
 
+    In `ep_jax.GradientInfo` it speaks of a batch: `residual` and `residuals` are the largest of its
+    examples, everything else is their mean.
+
     Attributes:
-        residual: ``|s_{t+1} - s_t|`` over all layers, of the last sweep.
-        moving: fraction of units that the last sweep changed by more than `MOVING`.
+        residual: the largest of `residuals`.
+        residuals: tuple over layers of ``|F(s) - s| / |s|``: how far one sweep of rate neurons
+            would move the read-out. In a nudged phase it is relative to what the nudge has moved:
+            ``|G(D) - D| / |D|`` in displacement coordinates, with ``G`` one sweep of the rate
+            displacement, ``|F(s) - s| / |s - s_free|`` in absolute ones. 1 where ``s`` is zero and
+            ``F(s)`` is not.
+        mean_residual: the mean of `residual` over a batch.
+        unsettled: share of a batch whose `residual` is above `UNSETTLED`.
+        sweeps: sweeps taken.
+        moving: fraction of units that one more sweep would change by more than `MOVING`.
         spikes: tuple over layers of the spikes per neuron in the whole phase (0 for rate neurons).
         activity: tuple over layers of the mean ``|s|`` at the end (displacement coordinates:
             ``|D|``). Near 0 a layer is dead, at 1 a hard sigmoid is saturated; it is not finite
@@ -128,109 +89,14 @@ class PhaseInfo(NamedTuple):
     """
 
     residual: jax.Array
+    residuals: tuple[jax.Array, ...]
+    mean_residual: jax.Array
+    unsettled: jax.Array
+    sweeps: jax.Array
     moving: jax.Array
     spikes: tuple[jax.Array, ...]
     activity: tuple[jax.Array, ...]
     trace: Any = None
-
-
-def check_beta(name: str, beta: Any) -> None:
-    """Raise where `beta` is known and no finite number other than 0."""
-    if not known(beta):
-        return
-    beta = beta.item() if hasattr(beta, "item") and getattr(beta, "ndim", 1) == 0 else beta
-    check_number(name, beta)
-    if beta == 0:
-        raise ValueError(f"{name} is 0; expected a nudging strength other than 0")
-
-
-def check_phases(spec: NetworkSpec, phases: Phases, key: jax.Array | None) -> None:
-    """Raise where `phases` or `key` do not suit `spec`."""
-    if not isinstance(phases, Phases):
-        raise TypeError(f"phases is {phases!r}; expected ep_jax.Phases")
-    if phases.estimator == "holomorphic" and not is_holomorphic(spec):
-        raise ValueError(f"estimator is 'holomorphic', but the network has {spec.neuron} or a max "
-                         "pool, which are not smooth; expected Rate neurons with activation "
-                         "'sigmoid', 'tanh', 'softplus' or 'linear' and no max pool")  # fmt: skip
-    if key is None and spec.neuron.stochastic:
-        raise ValueError(f"key is None; expected a random key for {spec.neuron}")
-
-
-def is_holomorphic(spec: NetworkSpec) -> bool:
-    """Whether the relaxation is a holomorphic function of its state."""
-    return spec.neuron.activation != "hard_sigmoid" and all(map(is_linear, spec.layers))
-
-
-def sweep_order(sweep: str, depth: int, nudged: bool) -> tuple[int, ...]:
-    """The order in which a sweep updates the layers (0-based).
-
-    Alternating sweeps begin with the layers that the news reaches first: those at an even distance
-    from the input in the free phase, from the output in the nudged one.
-    """
-    if sweep == "alternating":
-        first = (depth - 1) % 2 if nudged else 0
-        return (*range(first, depth, 2), *range(1 - first, depth, 2))
-    upwards = range(depth)
-    return tuple(reversed(upwards)) if sweep == "ordered" and nudged else tuple(upwards)
-
-
-class Update(NamedTuple):
-    """One layer's turn in a sweep, and which neighbours have something to say to it.
-
-    Attributes:
-        layer: number of the layer, 0-based.
-        below: whether it hears the layer below.
-        above: whether it hears the layer above.
-    """
-
-    layer: int
-    below: bool
-    above: bool
-
-
-OPENING = 2
-"""Most sweeps at the start of a phase that are compiled by themselves, for what they leave out."""
-
-
-def plan(
-    spec: NetworkSpec, phases: Phases, nudged: bool, from_zero: bool
-) -> tuple[tuple[Update, ...], ...]:
-    """The updates of the first sweeps of a phase and, last, those of all others.
-
-    A state of zero says nothing, and a displacement of zero stays so until the layer hears another
-    one; products with such signals need not be made. Of twelve free and eight nudged alternating
-    sweeps that is a tenth of all products.
-
-    Args:
-        spec: the network.
-        phases: its phases.
-        nudged: whether it is the nudged phase.
-        from_zero: whether the phase starts from signals of zero (a displacement always does).
-
-    Example:
-        >>> spec = NetworkSpec((2,), (network.Dense(2), network.Dense(2)))
-        >>> first, *_ = plan(spec, Phases(sweep="ordered"), nudged=False, from_zero=True)
-        >>> first
-        (Update(layer=0, below=False, above=False), Update(layer=1, below=True, above=False))
-    """
-    depth, displaced = spec.depth, nudged and phases.coordinates == "displacement"
-    audible = [not from_zero] * depth
-    sweeps: list[tuple[Update, ...]] = []
-    while True:
-        all_speak = all(audible)
-        heard = audible if phases.sweep != "synchronous" else list(audible)
-        updates = []
-        for l in sweep_order(phases.sweep, depth, nudged):
-            below = l > 0 and heard[l - 1]
-            above = l + 1 < depth and heard[l + 1]
-            if l + 1 < depth and displaced and not is_linear(spec.layers[l + 1]):
-                above = above or heard[l]  # a winner that moves is news as well
-            updates.append(Update(l, below, above))
-            audible[l] = audible[l] or not displaced or below or above or l == depth - 1
-        if all_speak or len(sweeps) < OPENING:
-            sweeps.append(tuple(updates))
-        if all_speak:
-            return tuple(sweeps)
 
 
 def activation_of(spec: NetworkSpec, l: int) -> Activation:
@@ -239,9 +105,258 @@ def activation_of(spec: NetworkSpec, l: int) -> Activation:
     return ACTIVATIONS["linear" if is_output else spec.neuron.activation]
 
 
-def external(spec: NetworkSpec, links: Links, drive: jax.Array) -> State:
-    """What layers receive besides signals: their bias, and the first one the input's `drive`."""
-    return (links.biases[0] + drive, *links.biases[1:])
+# What relaxes.
+
+
+class Swept(NamedTuple):
+    """One synchronous sweep of rate neurons, packed: the map whose fixed point a network seeks.
+
+    Attributes:
+        state: what the layers would become, ``F(s)``.
+        currents: what they receive, with input, bias and nudge.
+    """
+
+    state: State
+    currents: State
+
+
+class Coordinates(Protocol):
+    """What relaxes in a phase, of one example, in working form: the state, or a displacement.
+
+    Attributes:
+        nudged: whether it is a nudged phase.
+        displaced: whether the state is a displacement.
+        from_zero: whether it starts from signals of zero.
+        start: the packed state that the phase starts from.
+        start_currents: what the layers receive there from each other.
+        units: scale of the state in each layer, see `ep_jax.neurons.Clock`.
+        error: the output's error, see `ep_jax.neurons.Clock`.
+    """
+
+    nudged: bool
+    displaced: bool
+    from_zero: bool
+    start: State
+    start_currents: State
+    units: tuple[jax.Array | float, ...]
+    error: jax.Array | float
+
+    def current(self, turn: Update, signals: State) -> jax.Array:
+        """What a layer receives from its neighbours' `signals`."""
+        ...
+
+    def relax(
+        self, l: int, s: jax.Array, current: jax.Array, epsilon: jax.Array | float
+    ) -> jax.Array:
+        """The damped step of layer ``l`` from `s` under a `current`."""
+        ...
+
+    def swept(self, state: State) -> Swept:
+        """One synchronous sweep of rate neurons from `state`."""
+        ...
+
+    def moved(self, state: State) -> State:
+        """What residuals are relative to."""
+        ...
+
+
+class Absolute:
+    """The state itself: of the free phase, or (with a `target`) of a nudged one.
+
+    Args:
+        spec: the network.
+        links: its parameters in working form.
+        drive: the input's drive.
+        start: the state to start from; zero by default.
+        nudge: one-hot target and nudging strength of a nudged phase.
+    """
+
+    displaced = False
+
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        links: Links,
+        drive: jax.Array,
+        start: State | None = None,
+        nudge: tuple[jax.Array, jax.Array | float] | None = None,
+    ) -> None:
+        self._spec, self._links, self._nudge = spec, links, nudge
+        self._external = (links.biases[0] + drive, *links.biases[1:])
+        self.nudged, self.from_zero = nudge is not None, start is None
+        self.units, self.error = (1.0,) * spec.depth, 1.0
+        if start is None:
+            shapes = spec.state_shapes
+            start = network.pack(spec, tuple(jnp.zeros(s, drive.dtype) for s in shapes))
+            self.start_currents = start
+        else:
+            self.start_currents = network.currents(spec, links, start, 1.0, spec.feedback)
+        self.start = start
+        if nudge is not None:
+            target, beta = nudge
+            self.units = tuple(abs(beta) * spec.weight_of(l) for l in range(spec.depth))
+            self.error = output_error(links, start[-1], target)
+
+    def current(self, turn: Update, signals: State) -> jax.Array:
+        """See `Coordinates`."""
+        gains = (float(turn.below), self._spec.feedback * turn.above)
+        return network.current(self._spec, self._links, turn.layer, signals, *gains)
+
+    def _total(self, l: int, s: jax.Array, current: jax.Array) -> jax.Array:
+        total = current + self._external[l]
+        if self._nudge is not None and l == self._spec.depth - 1:
+            target, beta = self._nudge
+            total = total - beta * cost_gradient(self._links, s, target)
+        return total
+
+    def relax(
+        self, l: int, s: jax.Array, current: jax.Array, epsilon: jax.Array | float
+    ) -> jax.Array:
+        """See `Coordinates`."""
+        return relax(activation_of(self._spec, l), s, self._total(l, s, current), epsilon)
+
+    def swept(self, state: State) -> Swept:
+        """See `Coordinates`."""
+        spec = self._spec
+        heard = network.currents(spec, self._links, state, 1.0, spec.feedback)
+        currents = tuple(
+            self._total(l, s, i) for l, (s, i) in enumerate(zip(state, heard, strict=True))
+        )
+        return Swept(
+            tuple(activation_of(spec, l).apply(i) for l, i in enumerate(currents)), currents
+        )
+
+    def moved(self, state: State) -> State:
+        """See `Coordinates`."""
+        return tuple(map(jnp.subtract, state, self.start)) if self.nudged else state
+
+
+class Base(NamedTuple):
+    """What a displacement starts from, packed: the free state ``s0`` and its currents ``I0``.
+
+    Attributes:
+        state: ``s0 = sigma(I0)``: one synchronous sweep of rate neurons, the map whose fixed point
+            the network relaxes to.
+        currents: ``I0``, with input and bias.
+        behind: see `ep_jax.network.behind`, of each layer; ``None`` without max pool.
+    """
+
+    state: State
+    currents: State
+    behind: tuple[jax.Array | None, ...]
+
+
+def base_of(spec: NetworkSpec, links: Links, swept: Swept) -> Base:
+    """The base of a displacement from a free state, given the sweep from that state."""
+    contests = (network.behind(spec, links, l, swept.state[l - 1]) for l in range(1, spec.depth))
+    return Base(swept.state, swept.currents, (None, *contests))
+
+
+class Displacement:
+    """The displacement ``D`` of a nudged phase.
+
+    Args:
+        spec: the network.
+        links: its parameters in working form.
+        base: what is displaced.
+        target: the one-hot target.
+        beta: nudging strength.
+    """
+
+    nudged, displaced, from_zero = True, True, True
+
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        links: Links,
+        base: Base,
+        target: jax.Array,
+        beta: jax.Array | float,
+    ) -> None:
+        self._spec, self._links, self._base = spec, links, base
+        self._target, self._beta = target, beta
+        self._scales = displacement_units(spec, beta, base.state[-1].dtype)
+        self.start = self.start_currents = tuple(map(jnp.zeros_like, base.state))
+        self.units = (1.0,) * spec.depth
+        self.error = output_error(links, base.state[-1], target)
+
+    def current(self, turn: Update, signals: State) -> jax.Array:
+        """See `Coordinates`."""
+        spec, links, base, l = self._spec, self._links, self._base, turn.layer
+        total = jnp.zeros_like(signals[l])
+        if turn.below:
+            moved = network.drive_difference(
+                spec, links, l, signals[l - 1], base.behind[l], self._scales[l - 1]
+            )
+            total = total + spec.feedback * moved
+        if turn.above:
+            total = total + network.feedback_difference(
+                spec,
+                links,
+                l,
+                signals[l],
+                (signals[l + 1], base.state[l + 1]),
+                base.behind[l + 1],
+                (self._scales[l], self._scales[l + 1]),
+            )
+        return total
+
+    def _total(self, l: int, d: jax.Array, current: jax.Array) -> jax.Array:
+        if l == self._spec.depth - 1:
+            output = self._base.state[l] + self._beta * d
+            current = current - cost_gradient(self._links, output, self._target)
+        return current
+
+    def relax(
+        self, l: int, s: jax.Array, current: jax.Array, epsilon: jax.Array | float
+    ) -> jax.Array:
+        """See `Coordinates`."""
+        total = self._total(l, s, current)
+        # Tied to what changes, so that XLA makes what sigma needs of the base anew in each sweep:
+        # that is cheaper than keeping it.
+        total, base_current = jax.lax.optimization_barrier((total, self._base.currents[l]))
+        activation = activation_of(self._spec, l)
+        return relax_displacement(activation, base_current, s, total, self._scales[l], epsilon)
+
+    def swept(self, state: State) -> Swept:
+        """See `Coordinates`."""
+        depth = self._spec.depth
+        turns = (Update(l, l > 0, l + 1 < depth) for l in range(depth))
+        currents = tuple(
+            self._total(turn.layer, d, self.current(turn, state))
+            for turn, d in zip(turns, state, strict=True)
+        )
+        new = tuple(self.relax(l, state[l], currents[l], 1.0) for l in range(depth))
+        return Swept(new, currents)
+
+    def moved(self, state: State) -> State:
+        """See `Coordinates`."""
+        return state
+
+
+def displacement_units(
+    spec: NetworkSpec, beta: jax.Array | float, dtype: jnp.dtype
+) -> tuple[jax.Array | float, ...]:
+    """``beta_l = beta alpha^(L - l)`` of each layer, with a power of at least a unit of rounding.
+
+    So small a displacement stays on its unit's branch of ``sigma`` whatever its size is, since the
+    currents that decide the branch are rounded as well: nothing is lost, and nothing underflows.
+    """
+    rounding = float(jnp.finfo(dtype).eps)
+    return tuple(beta * max(spec.weight_of(l), rounding) for l in range(spec.depth))
+
+
+def output_error(links: Links, last: jax.Array, y: jax.Array) -> jax.Array:
+    """``max |dC/ds_L|`` at the free state: the size of a displacement, in its own units.
+
+    Spiking neurons scale the quantum of a nudged phase by it, so that what is learned from an
+    example is coded as finely where its error is small as where it is large.
+    """
+    size = jnp.max(jnp.abs(cost_gradient(links, last, y)))
+    return jnp.maximum(size, jnp.finfo(size.dtype).eps)  # what is below rounding is no error
+
+
+# How it relaxes.
 
 
 class Carry(NamedTuple):
@@ -250,15 +365,11 @@ class Carry(NamedTuple):
     Attributes:
         t: number of sweeps done, int32. As a scanned input it would take memory for each sweep.
         states: a state of the neuron model for each layer.
-        residual: see `PhaseInfo`; measured in the last sweep, or in each where there is a trace.
-        moving: see `PhaseInfo`, measured likewise.
         spikes: spikes per neuron up to now, for each layer.
     """
 
     t: jax.Array
     states: list[Any]
-    residual: jax.Array
-    moving: jax.Array
     spikes: list[jax.Array]
 
 
@@ -291,137 +402,203 @@ class Sweeps(NamedTuple):
         carry, rest = jax.lax.scan(self.sweep, carry, length=self.length - len(opening))
         return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen, rest)
 
+    def run_until(self, settled: Callable[[Carry], jax.Array]) -> Carry:
+        """Sweeps until `settled`, which is asked every `CHECK` sweeps."""
+        first = self.length % CHECK or min(CHECK, self.length)
+        carry, _ = self._replace(length=first).run()
 
-def _change(change: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of squares, and number of units that count as moving: one pass, nothing kept."""
-    zero = np.zeros((), change.dtype)
-    square, moving = jax.lax.reduce(
-        (change**2, (change > MOVING).astype(change.dtype)),
-        (zero, zero),
-        lambda a, b: (a[0] + b[0], a[1] + b[1]),
-        tuple(range(change.ndim)),
-    )
-    return square, moving
+        def some(carry: Carry) -> Carry:
+            return jax.lax.scan(self.sweep, carry, length=CHECK)[0]
+
+        start = self.carry.t
+        return jax.lax.while_loop(
+            lambda carry: (carry.t - start < self.length) & ~settled(carry), some, carry
+        )
 
 
-def _sweeps(
+def sweeps_of(
     spec: NetworkSpec,
     phases: Phases,
-    *,
-    start: State,
-    start_currents: State,
-    relaxes: tuple[Relax, ...],
-    nudged: bool,
-    displaced: bool,
-    from_zero: bool,
-    current: Callable[[Update, State], jax.Array],
-    units: tuple[jax.Array | float, ...],
-    error: jax.Array | float,
+    coordinates: Coordinates,
     key: jax.Array | None,
-    trace: Trace | None,
+    trace: Trace | None = None,
+    resumed: Carry | None = None,
 ) -> Sweeps:
-    """A phase of any kind."""
-    neuron, depth = spec.neuron, spec.depth
-    steps = phases.nudged if nudged else phases.free
-    *opening, full = plan(spec, phases, nudged, from_zero)
-    in_place = phases.sweep != "synchronous"
-    sizes = [s.size for s in start]
-    zero = jnp.zeros((), start[-1].real.dtype)
+    """A phase of any kind, not run.
 
+    Args:
+        spec: the network.
+        phases: its phases.
+        coordinates: what relaxes.
+        key: random key of a stochastic neuron.
+        trace: see `free_phase`.
+        resumed: go on from here, as a straggler; its key is the first sweeps'.
+    """
+    neuron, depth, nudged = spec.neuron, spec.depth, coordinates.nudged
+    done, length = 0, phases.sweeps(nudged)
+    if resumed is not None:
+        done, length = length, phases.more(nudged)
+    *opening, full = plan(spec, phases, nudged, coordinates.from_zero)
+    in_place = phases.sweep != "synchronous"
+    sizes = [s.size for s in coordinates.start]
+    zero = jnp.zeros((), coordinates.start[-1].real.dtype)
     rounded = nudged and phases.nudged_signals == "bfloat16"
 
     def signal(state: Any) -> jax.Array:
         sent = neuron.signal(state)
         return jax.lax.reduce_precision(sent, 8, 7) if rounded else sent
 
-    def update(
-        states: list[Any], t: jax.Array, updates: tuple[Update, ...]
-    ) -> tuple[list[Any], list[jax.Array]]:
-        before = list(map(signal, states))
-        new, latest = list(states), list(before)
-        spikes = [zero] * depth
+    def update(turn: Update, state: Any, heard: State, t: jax.Array, fresh: bool) -> Any:
+        """One layer's turn: its new state, and its spikes."""
+        l = turn.layer
+
+        def step(s: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
+            return coordinates.relax(l, s, current, phases.relaxation * epsilon)
+
+        # The barrier makes the current once; without it XLA repeats the adjoint's sums wherever
+        # the neuron model reads it.
+        incoming = jax.lax.optimization_barrier(coordinates.current(turn, heard))
+        clock = Clock(
+            step=t,
+            steps=done + length,
+            before=phases.free if nudged else 0,
+            layer=l + 1,
+            unit=coordinates.units[l],
+            error=coordinates.error,
+            fresh=fresh,
+            nudged=nudged,
+            displaced=coordinates.displaced,
+        )
+        dice = None if key is None else jax.random.fold_in(jax.random.fold_in(key, t), l)
+        return neuron.step(state, incoming, step, clock, dice)
+
+    def sweep(updates: tuple[Update, ...], carry: Carry, _: None) -> tuple[Carry, Any]:
+        before = list(map(signal, carry.states))
+        new, latest, spikes = list(carry.states), list(before), [zero] * depth
         updated: set[int] = set()
         for turn in updates:
             l = turn.layer
+            fresh = in_place and bool(updated & {l - 1, l + 1})
             heard = tuple(latest if in_place else before)
-            # The barrier makes the current once; without it XLA repeats the adjoint's sums wherever
-            # the neuron model reads it.
-            incoming = jax.lax.optimization_barrier(current(turn, heard))
-            clock = Clock(
-                step=t,
-                steps=steps,
-                before=phases.free if nudged else 0,
-                layer=l + 1,
-                unit=1.0 if displaced else jnp.abs(units[l]),
-                error=error,
-                fresh=in_place and bool(updated & {l - 1, l + 1}),
-                nudged=nudged,
-                displaced=displaced,
-            )
-            dice = None if key is None else jax.random.fold_in(jax.random.fold_in(key, t), l)
-            new[l], sent = neuron.step(states[l], incoming, relaxes[l], clock, dice)
+            new[l], sent = update(turn, carry.states[l], heard, carry.t, fresh)
             latest[l] = signal(new[l])
             updated.add(l)
-            if sent is not None:
-                spikes[l] = sent
-        return new, spikes
-
-    def sweep(
-        updates: tuple[Update, ...], number: int | None, carry: Carry, _: None
-    ) -> tuple[Carry, Any]:
-        """One sweep; its `number` where it is known before the program runs."""
-        t, states = carry.t, carry.states
-        new, spikes = update(states, t, updates)
-
-        def measure() -> tuple[jax.Array, jax.Array]:
-            # What is only looked at costs no memory in reverse mode.
-            before, after = jax.lax.stop_gradient((states, new))
-            scale = units if displaced else (1.0,) * depth
-            squares, moved = zero, zero
-            for a, b, unit in zip(before, after, scale, strict=True):
-                square, count = _change(jnp.abs(b.s - a.s))
-                squares, moved = squares + jnp.abs(unit) ** 2 * square, moved + count
-            return jnp.sqrt(squares), moved / sum(sizes)
-
-        # Nobody sees them before the last sweep, unless a trace is asked for.
-        if trace is not None or number == steps - 1:
-            residual, moving = measure()
-        elif number is not None:
-            residual, moving = zero, zero
-        else:
-            residual, moving = jax.lax.cond(t == steps - 1, measure, lambda: (zero, zero))
-        spikes = jax.lax.stop_gradient(spikes)
+            if sent is not None:  # only looked at, so it costs no memory in reverse mode
+                spikes[l] = jax.lax.stop_gradient(sent)
         counts = [
             n + jnp.sum(jnp.abs(q)) / z for n, q, z in zip(carry.spikes, spikes, sizes, strict=True)
         ]
         seen = None
         if trace is not None:
-            full = tuple(jnp.broadcast_to(q, s.shape) for q, s in zip(spikes, start, strict=True))
+            readout = tuple(map(neuron.readout, new))
+            emitted = map(jnp.broadcast_to, spikes, [s.shape for s in coordinates.start])
             seen = trace(
                 Snapshot(
-                    step=t,
+                    step=carry.t,
                     state=network.unpack(spec, tuple(state.s for state in new)),
-                    spikes=network.unpack(spec, full),
+                    spikes=network.unpack(spec, tuple(emitted)),
                     signals=network.unpack(spec, tuple(map(signal, new))),
-                    residual=residual,
+                    residual=largest(residuals(coordinates, readout)),
                 )
             )
-        return Carry(t + 1, new, residual, moving, counts), seen
+        return Carry(carry.t + 1, new, counts), seen
 
-    states = [neuron.start(s, i) for s, i in zip(start, start_currents, strict=True)]
+    if resumed is not None:
+        return Sweeps(resumed, (), functools.partial(sweep, full), length)
+    states = list(map(neuron.start, coordinates.start, coordinates.start_currents))
     return Sweeps(
-        Carry(jnp.zeros((), jnp.int32), states, zero, zero, [zero] * depth),
-        tuple(functools.partial(sweep, updates, t) for t, updates in enumerate(opening)),
-        functools.partial(sweep, full, None),
-        steps,
+        Carry(jnp.zeros((), jnp.int32), states, [zero] * depth),
+        tuple(functools.partial(sweep, updates) for updates in opening),
+        functools.partial(sweep, full),
+        length,
     )
 
 
-def conclude(spec: NetworkSpec, carry: Carry, trace: Any = None) -> tuple[State, PhaseInfo]:
-    """What a phase that ended with `carry` returns: the packed read-out and a `PhaseInfo`."""
+def residuals(
+    coordinates: Coordinates, state: State, swept: Swept | None = None
+) -> tuple[jax.Array, ...]:
+    """Relative residual of each layer at a read-out; see `PhaseInfo`. No derivative flows."""
+    state = jax.lax.stop_gradient(state)
+    swept = jax.lax.stop_gradient(coordinates.swept(state) if swept is None else swept)
+
+    def relative(new: jax.Array, old: jax.Array, moved: jax.Array) -> jax.Array:
+        apart, size = _norm(new - old), _norm(moved)
+        return jnp.where(size > 0, apart / jnp.where(size > 0, size, 1), jnp.sign(apart))
+
+    return tuple(map(relative, swept.state, state, coordinates.moved(state)))
+
+
+def _norm(values: jax.Array) -> jax.Array:
+    """The Euclidean norm, without underflow of the squares."""
+    size = jnp.max(jnp.abs(values))
+    scaled = jnp.abs(values) / jnp.where(size > 0, size, 1)
+    return size * jnp.sqrt(jnp.sum(scaled**2))
+
+
+def largest(values: tuple[jax.Array, ...]) -> jax.Array:
+    """The largest of some scalars; not a number where one of them is none."""
+    return functools.reduce(jnp.maximum, values)
+
+
+class Settled(NamedTuple):
+    """How a phase ended, in working form.
+
+    Attributes:
+        carry: what it could go on from.
+        state: the packed read-out.
+        swept: one more sweep of rate neurons from there.
+        info: its `PhaseInfo`.
+    """
+
+    carry: Carry
+    state: State
+    swept: Swept
+    info: PhaseInfo
+
+
+def settle(
+    spec: NetworkSpec,
+    phases: Phases,
+    coordinates: Coordinates,
+    key: jax.Array | None,
+    trace: Trace | None = None,
+    resumed: Carry | None = None,
+) -> Settled:
+    """Run a phase of one example; the arguments are those of `sweeps_of`."""
+    phase = sweeps_of(spec, phases, coordinates, key, trace, resumed)
+    if phases.tolerance is None or trace is not None:
+        return conclude(spec, coordinates, *phase.run())
+    tolerance = phases.tolerance
+
+    def settled(carry: Carry) -> jax.Array:
+        readout = tuple(map(spec.neuron.readout, carry.states))
+        return largest(residuals(coordinates, readout)) < tolerance
+
+    return conclude(spec, coordinates, phase.run_until(settled))
+
+
+def conclude(
+    spec: NetworkSpec, coordinates: Coordinates, carry: Carry, trace: Any = None
+) -> Settled:
+    """How a phase ended that ended with `carry`."""
     state = tuple(map(spec.neuron.readout, carry.states))
-    spikes, activity = tuple(carry.spikes), mean_size(state)
-    return state, PhaseInfo(carry.residual, carry.moving, spikes, activity, trace)
+    swept = coordinates.swept(state)
+    found = residuals(coordinates, state, swept)
+    seen, new = jax.lax.stop_gradient((state, swept.state))
+    moving = [jnp.sum(jnp.abs(b - a) > MOVING) for a, b in zip(seen, new, strict=True)]
+    worst = largest(found)
+    info = PhaseInfo(
+        residual=worst,
+        residuals=found,
+        mean_residual=worst,
+        unsettled=(worst > UNSETTLED).astype(worst.dtype),
+        sweeps=carry.t.astype(worst.dtype),
+        moving=functools.reduce(jnp.add, moving).astype(worst.dtype) / sum(s.size for s in state),
+        spikes=tuple(carry.spikes),
+        activity=mean_size(seen),
+        trace=trace,
+    )
+    return Settled(carry, state, swept, info)
 
 
 def mean_size(state: State) -> tuple[jax.Array, ...]:
@@ -429,213 +606,52 @@ def mean_size(state: State) -> tuple[jax.Array, ...]:
     return tuple(jnp.mean(jnp.abs(s)) for s in jax.lax.stop_gradient(state))
 
 
-def _absolute(
+def settle_batch(
     spec: NetworkSpec,
-    links: Links,
-    drive: jax.Array,
-    nudge: Callable[[jax.Array], jax.Array] | None,
-) -> tuple[Relax, ...]:
-    """The damped steps of the layers in absolute coordinates, with a `nudge` on the last one."""
-    given = external(spec, links, drive)
-
-    def layer(l: int) -> Relax:
-        def step(s: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
-            total = current + given[l]
-            if nudge is not None and l == spec.depth - 1:
-                total = total + nudge(s)
-            return relax(activation_of(spec, l), s, total, epsilon)
-
-        return step
-
-    return tuple(map(layer, range(spec.depth)))
-
-
-def _current(spec: NetworkSpec, links: Links) -> Callable[[Update, State], jax.Array]:
-    """What a layer receives in absolute coordinates."""
-
-    def current(turn: Update, signals: State) -> jax.Array:
-        gains = (float(turn.below), spec.feedback * turn.above)
-        return network.current(spec, links, turn.layer, signals, *gains)
-
-    return current
-
-
-def free_sweeps(
-    spec: NetworkSpec,
-    links: Links,
-    drive: jax.Array,
     phases: Phases,
-    key: jax.Array | None,
-    trace: Trace | None = None,
-    start: State | None = None,
-) -> Sweeps:
-    """The free phase in working form, not run: packed state, input's drive computed beforehand."""
-    zeros = network.pack(spec, tuple(jnp.zeros(s, drive.dtype) for s in spec.state_shapes))
-    start_currents = zeros
-    if start is not None:
-        start_currents = network.currents(spec, links, start, 1.0, spec.feedback)
-    return _sweeps(
-        spec,
-        phases,
-        start=zeros if start is None else start,
-        start_currents=start_currents,
-        relaxes=_absolute(spec, links, drive, None),
-        nudged=False,
-        displaced=False,
-        from_zero=start is None,
-        current=_current(spec, links),
-        units=(1.0,) * spec.depth,
-        error=1.0,
-        key=key,
-        trace=trace,
-    )
+    nudged: bool,
+    coordinates_of: Callable[..., Coordinates],
+    examples: tuple[Any, ...],
+    keys: jax.Array | None,
+) -> Settled:
+    """Run a phase of a batch. Its stragglers, the examples of the largest residual, go on.
 
+    They are gathered into a smaller batch and scattered back, so all shapes are static.
 
-def settle_free(
-    spec: NetworkSpec,
-    links: Links,
-    drive: jax.Array,
-    phases: Phases,
-    key: jax.Array | None,
-    trace: Trace | None = None,
-    start: State | None = None,
-) -> tuple[State, PhaseInfo]:
-    """`free_phase` in working form."""
-    phase = free_sweeps(spec, links, drive, phases, key, trace, start)
-    return conclude(spec, *phase.run())
-
-
-def settle_nudged(
-    spec: NetworkSpec,
-    links: Links,
-    drive: jax.Array,
-    y: jax.Array,
-    state: State,
-    beta: jax.Array | float,
-    phases: Phases,
-    key: jax.Array | None,
-    trace: Trace | None = None,
-) -> tuple[State, PhaseInfo]:
-    """The nudged phase in absolute coordinates and working form, from the packed free `state`."""
-
-    def nudge(s: jax.Array) -> jax.Array:
-        return -beta * cost_gradient(links, s, y)
-
-    phase = _sweeps(
-        spec,
-        phases,
-        start=state,
-        start_currents=network.currents(spec, links, state, 1.0, spec.feedback),
-        relaxes=_absolute(spec, links, drive, nudge),
-        nudged=True,
-        displaced=False,
-        from_zero=False,
-        current=_current(spec, links),
-        units=tuple(beta * spec.weight_of(l) for l in range(spec.depth)),
-        error=output_error(links, state[-1], y),
-        key=key,
-        trace=trace,
-    )
-    return conclude(spec, *phase.run())
-
-
-def output_error(links: Links, last: jax.Array, y: jax.Array) -> jax.Array:
-    """``max |dC/ds_L|`` at the free state: the size of a displacement, in its own units.
-
-    Spiking neurons scale the quantum of a nudged phase by it, so that what is learned from an
-    example is coded as finely where its error is small as where it is large.
-    """
-    size = jnp.max(jnp.abs(cost_gradient(links, last, y)))
-    return jnp.maximum(size, jnp.finfo(size.dtype).eps)  # what is below rounding is no error
-
-
-class Base(NamedTuple):
-    """What a displacement starts from, packed: the free state ``s0`` and its currents ``I0``.
-
-    Attributes:
-        state: ``s0 = sigma(I0)``: one synchronous sweep of rate neurons, the map whose fixed point
-            the network relaxes to.
-        currents: ``I0``, with input and bias.
-        behind: see `ep_jax.network.behind`, of each layer; ``None`` without max pool.
+    Args:
+        spec: the network.
+        phases: its phases.
+        nudged: whether it is the nudged phase.
+        coordinates_of: what relaxes, from the data of one example.
+        examples: these data, arrays ``[B, ...]``.
+        keys: a key for each example of stochastic neurons.
     """
 
-    state: State
-    currents: State
-    behind: tuple[jax.Array | None, ...]
+    def first(key: jax.Array | None, *data: Any) -> Settled:
+        return settle(spec, phases, coordinates_of(*data), key)
+
+    found = jax.vmap(first)(keys, *examples)
+    batch = len(found.info.residual)
+    if not phases.stragglers or not phases.more(nudged):
+        return found
+    _, slow = jax.lax.top_k(found.info.residual, phases.straggling(batch))
+
+    def on(key: jax.Array | None, carry: Carry, *data: Any) -> Settled:
+        return settle(spec, phases, coordinates_of(*data), key, resumed=carry)
+
+    chosen = jax.tree.map(lambda a: a[slow], (keys, found.carry, *examples))
+    return jax.tree.map(lambda all_, some: all_.at[slow].set(some), found, jax.vmap(on)(*chosen))
 
 
-def base_of(spec: NetworkSpec, links: Links, drive: jax.Array, state: State) -> Base:
-    """The base of a displacement: ``I0 = I(state)`` with input and bias, and ``s0 = sigma(I0)``."""
-    signals = network.currents(spec, links, state, 1.0, spec.feedback)
-    currents = tuple(map(jnp.add, external(spec, links, drive), signals))
-    base = tuple(activation_of(spec, l).apply(current) for l, current in enumerate(currents))
-    contests = (network.behind(spec, links, l, base[l - 1]) for l in range(1, spec.depth))
-    return Base(base, currents, (None, *contests))
-
-
-def settle_displacement(
-    spec: NetworkSpec,
-    links: Links,
-    y: jax.Array,
-    base: Base,
-    beta: jax.Array | float,
-    phases: Phases,
-    key: jax.Array | None,
-    trace: Trace | None = None,
-) -> tuple[State, PhaseInfo]:
-    """The nudged phase in displacement coordinates and working form: ``D``, packed."""
-    units = tuple(beta * spec.weight_of(l) for l in range(spec.depth))
-
-    def layer(l: int) -> Relax:
-        def step(d: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
-            if l == spec.depth - 1:
-                current = current - cost_gradient(links, base.state[l] + beta * d, y)
-            # Tied to what changes, so that XLA makes what sigma needs of the base anew in each
-            # sweep: that is cheaper than keeping it.
-            current, base_current = jax.lax.optimization_barrier((current, base.currents[l]))
-            return relax_displacement(
-                activation_of(spec, l), base_current, d, current, units[l], epsilon
-            )
-
-        return step
-
-    def current(turn: Update, signals: State) -> jax.Array:
-        l = turn.layer
-        total = jnp.zeros_like(signals[l])
-        if turn.below:
-            moved = network.drive_difference(
-                spec, links, l, signals[l - 1], base.behind[l], units[l - 1]
-            )
-            total = total + spec.feedback * moved
-        if turn.above:
-            total = total + network.feedback_difference(
-                spec,
-                links,
-                l,
-                signals[l],
-                (signals[l + 1], base.state[l + 1]),
-                base.behind[l + 1],
-                (units[l], units[l + 1]),
-            )
-        return total
-
-    at_rest = tuple(map(jnp.zeros_like, base.state))
-    phase = _sweeps(
-        spec,
-        phases,
-        start=at_rest,
-        start_currents=at_rest,
-        relaxes=tuple(map(layer, range(spec.depth))),
-        nudged=True,
-        displaced=True,
-        from_zero=True,
-        current=current,
-        units=units,
-        error=output_error(links, base.state[-1], y),
-        key=key,
-        trace=trace,
+def mean_info(info: PhaseInfo) -> PhaseInfo:
+    """The `PhaseInfo` of a batch from those of its examples: see there."""
+    mean = jax.tree.map(jnp.mean, info)
+    return mean._replace(
+        residual=jnp.max(info.residual), residuals=tuple(map(jnp.max, info.residuals))
     )
-    return conclude(spec, *phase.run())
+
+
+# The phases of one example.
 
 
 def free_phase(
@@ -653,10 +669,11 @@ def free_phase(
         params: parameters of `spec`.
         spec: the network.
         x: one input, floating point, of shape ``spec.input_shape``.
-        phases: ``phases.free`` sweeps of the kind ``phases.sweep``.
+        phases: ``phases.free`` sweeps of the kind ``phases.sweep``. One example has no stragglers.
         key: random key; stochastic neurons need one.
         trace: called with a `Snapshot` after each sweep; what it returns is stacked over sweeps in
-            ``info.trace``. Nothing is stored per sweep without it.
+            ``info.trace``. Nothing is stored per sweep without it. A traced phase makes all sweeps,
+            whatever ``phases.tolerance`` is.
         start: state to start from; spiking neurons start with receivers that know it.
 
     Returns:
@@ -667,7 +684,7 @@ def free_phase(
         ValueError, TypeError: an argument of wrong shape, dtype or value.
 
     Example:
-        >>> spec = NetworkSpec((2,), (network.Dense(2),), neuron=ep_jax.Rate())
+        >>> spec = NetworkSpec((2,), (ep_jax.Dense(2),), neuron=ep_jax.Rate())
         >>> params = ({"w": jnp.eye(2), "b": jnp.zeros(2)},)
         >>> state, info = free_phase(params, spec, jnp.array([0.5, 0.25]), Phases(free=3))
         >>> [float(s) for s in state[-1]]
@@ -678,8 +695,8 @@ def free_phase(
     links = network.link(params, spec)
     drive = network.input_drive(spec, links, x)
     packed = None if start is None else network.pack(spec, tuple(start))
-    state, info = settle_free(spec, links, drive, phases, key, trace, packed)
-    return network.unpack(spec, state), info
+    found = settle(spec, phases, Absolute(spec, links, drive, packed), key, trace)
+    return network.unpack(spec, found.state), found.info
 
 
 def nudged_phase(
@@ -705,7 +722,8 @@ def nudged_phase(
         y: its target: an integer label, or one-hot ``[classes]``.
         state: the free state, from `free_phase`.
         beta: nudging strength, not 0; it may be traced.
-        phases: ``phases.nudged`` sweeps of the kind ``phases.sweep`` in ``phases.coordinates``.
+        phases: ``phases.nudged`` sweeps of the kind ``phases.sweep`` in ``phases.coordinates``. One
+            example has no stragglers.
         key: random key; stochastic neurons need one.
         trace: as for `free_phase`.
 
@@ -716,7 +734,7 @@ def nudged_phase(
         ValueError, TypeError: an argument of wrong shape, dtype or value.
 
     Example:
-        >>> spec = NetworkSpec((2,), (network.Dense(2),), neuron=ep_jax.Rate())
+        >>> spec = NetworkSpec((2,), (ep_jax.Dense(2),), neuron=ep_jax.Rate())
         >>> params = ({"w": jnp.eye(2), "b": jnp.zeros(2)},)
         >>> x, free = jnp.array([0.5, 0.0]), (jnp.array([0.5, 0.0]),)
         >>> state, info = nudged_phase(params, spec, x, 0, free, 0.5, Phases(nudged=40))
@@ -727,17 +745,19 @@ def nudged_phase(
     check_phases(spec, phases, key)
     check_beta("beta", beta)
     x = network.as_precise_as(params[0]["w"], x)
+    check_nudge(spec, phases, beta, x.dtype)
     target = targets(spec, y, x.dtype)
     links = network.link(params, spec)
     drive = network.input_drive(spec, links, x)
     packed = network.pack(spec, tuple(state))
     if phases.coordinates == "absolute":
-        nudged, info = settle_nudged(spec, links, drive, target, packed, beta, phases, key, trace)
-    else:
-        base = base_of(spec, links, drive, packed)
-        d, info = settle_displacement(spec, links, target, base, beta, phases, key, trace)
-        nudged = displaced_state(spec, base, d, beta)
-    return network.unpack(spec, nudged), info
+        coordinates = Absolute(spec, links, drive, packed, (target, beta))
+        found = settle(spec, phases, coordinates, key, trace)
+        return network.unpack(spec, found.state), found.info
+    base = base_of(spec, links, Absolute(spec, links, drive, packed).swept(packed))
+    coordinates = Displacement(spec, links, base, target, beta)
+    found = settle(spec, phases, coordinates, key, trace)
+    return network.unpack(spec, displaced_state(spec, base, found.state, beta)), found.info
 
 
 def displaced_state(spec: NetworkSpec, base: Base, d: State, beta: jax.Array | float) -> State:

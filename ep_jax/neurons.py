@@ -8,8 +8,8 @@ state ``s`` towards its equilibrium; they differ in what they tell their neighbo
 - `Rate`: the state itself.
 - `SigmaDelta`: spikes, decoded by a leaky trace (O'Connor, Gavves & Welling, AISTATS 2019; the
   neuron of Lin, Bal & Sengupta, ICONS 2024).
-- `DeltaCode`: spikes that tell what the receivers do not know yet, at a resolution that a global
-  clock refines; a fixed point, exact in the limit.
+- `DeltaCode`: spikes that tell what the receivers do not know yet, at a resolution that follows
+  how much that is; a fixed point, exact in the limit.
 - `Bernoulli`: random spikes whose rate is the state.
 - `IntegrateFire`: spikes of a leaky membrane whose trace is the state.
 
@@ -20,6 +20,7 @@ displacement of one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -63,7 +64,11 @@ class Clock(NamedTuple):
 
 @runtime_checkable
 class Neuron(Protocol):
-    """What the dynamics ask of a model. A state is a pytree whose ``s`` is the analog state."""
+    """What the dynamics ask of a model. A state is a pytree whose ``s`` is the analog state.
+
+    A model whose state makes no damped step (`IntegrateFire`) says ``damped = False``, and is not
+    over-relaxed.
+    """
 
     @property
     def stochastic(self) -> bool:
@@ -112,13 +117,13 @@ class Activation(NamedTuple):
     Attributes:
         apply: ``sigma(x)``.
         difference: ``sigma(x + h) - sigma(x)`` without cancellation, exact for small ``h``.
-        projection: whether ``sigma`` is the projection on an interval; a damped step then projects
-            after damping, else it damps after ``sigma``.
+        bounds: the interval on which ``sigma`` is the projection, ``None`` where it is none. A
+            damped step projects after damping, else it damps after ``sigma``.
     """
 
     apply: Callable[[jax.Array], jax.Array]
     difference: Callable[[jax.Array, jax.Array], jax.Array]
-    projection: bool
+    bounds: tuple[float, float] | None = None
 
 
 def _clip(x: jax.Array) -> jax.Array:
@@ -139,13 +144,11 @@ def _softplus_difference(x: jax.Array, h: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS = {
-    "hard_sigmoid": Activation(_clip, _clip_difference, projection=True),
-    "linear": Activation(lambda x: x, lambda x, h: h, projection=True),
-    "sigmoid": Activation(
-        jax.nn.sigmoid, lambda x, h: 0.5 * _tanh_difference(0.5 * x, 0.5 * h), projection=False
-    ),
-    "tanh": Activation(jnp.tanh, _tanh_difference, projection=False),
-    "softplus": Activation(jax.nn.softplus, _softplus_difference, projection=False),
+    "hard_sigmoid": Activation(_clip, _clip_difference, bounds=(0.0, 1.0)),
+    "linear": Activation(lambda x: x, lambda x, h: h, bounds=(-math.inf, math.inf)),
+    "sigmoid": Activation(jax.nn.sigmoid, lambda x, h: 0.5 * _tanh_difference(0.5 * x, 0.5 * h)),
+    "tanh": Activation(jnp.tanh, _tanh_difference),
+    "softplus": Activation(jax.nn.softplus, _softplus_difference),
 }
 """Activations by name: ``hard_sigmoid`` is ``clip(x, 0, 1)``, ``sigmoid`` the logistic function."""
 
@@ -158,7 +161,7 @@ def relax(
     Projections (``hard_sigmoid``, ``linear``): ``sigma((1 - epsilon) s + epsilon drive)``, the
     projected gradient step on the energy; smooth ones: ``(1 - epsilon) s + epsilon sigma(drive)``.
     """
-    if activation.projection:
+    if activation.bounds is not None:
         return activation.apply(_towards(s, drive, epsilon))
     return _towards(s, activation.apply(drive), epsilon)
 
@@ -179,9 +182,10 @@ def relax_displacement(
 ) -> jax.Array:
     """`relax` of ``s = s0 + unit * d`` written for ``d``, where ``s0 = sigma(base_drive)`` rests.
 
-    No small difference of large numbers is formed, so it is exact at any `unit`, in any precision.
-    For ``hard_sigmoid`` and ``epsilon = 1`` it is ``clip(drive + (base_drive - s0) / unit,
-    -s0 / unit, (1 - s0) / unit)``.
+    It is written in units of `unit`: no small difference of large numbers is formed and nothing
+    underflows, so it is exact at any `unit`, in any precision. For a projection on ``[lo, hi]`` it
+    is ``clip((1 - epsilon) d + epsilon drive + epsilon (base_drive - s0) / unit, (lo - s0) / unit,
+    (hi - s0) / unit)``.
 
     Args:
         activation: the activation.
@@ -189,13 +193,19 @@ def relax_displacement(
         d: the displacement, in units of `unit`.
         drive: the displacement of the drive, in units of `unit`.
         unit: ``beta alpha^(L - l)``, of either sign.
-        epsilon: the damping.
+        epsilon: the damping, or over-relaxation.
     """
-    if activation.projection:
-        beyond = base_drive - activation.apply(base_drive)
-        h = unit * _towards(d, drive, epsilon) - (1.0 - epsilon) * beyond
-        return activation.difference(base_drive, h) / unit
-    return _towards(d, activation.difference(base_drive, unit * drive) / unit, epsilon)
+    if activation.bounds is None:
+        return _towards(d, activation.difference(base_drive, unit * drive) / unit, epsilon)
+    moved = _towards(d, drive, epsilon)
+    if not all(map(math.isfinite, activation.bounds)):
+        return moved
+    base = activation.apply(base_drive)
+    large = float(jnp.finfo(base.dtype).max) / 4
+    per_unit = jnp.clip(1.0 / jnp.asarray(unit, base.dtype), -large, large)  # one division for all
+    ends = [(end - base) * per_unit for end in activation.bounds]
+    beyond = epsilon * (base_drive - base) * per_unit  # exactly 0 inside the interval
+    return jnp.clip(moved + beyond, jnp.minimum(*ends), jnp.maximum(*ends))
 
 
 def _power_law(value: float, power: float, floor: float, t: jax.Array) -> jax.Array | float:
@@ -416,84 +426,158 @@ class SigmaDelta:
 
 
 class DeltaCodeState(NamedTuple):
-    """State of a `DeltaCode` layer: the analog ``s``, and what its receivers know of it."""
+    """State of a `DeltaCode` layer.
+
+    Attributes:
+        s: analog state.
+        known: what its receivers know of it, ``r``.
+        quantum: the last quantum ``delta``, a scalar; 0 before the first.
+    """
 
     s: jax.Array
     known: jax.Array
+    quantum: jax.Array
+
+
+_SCHEDULE = {
+    "quantum": 0.7,
+    "decay": 0.6,
+    "lag": 1.0,
+    "nudged_quantum": 0.5,
+    "nudged_decay": 0.5,
+}
+"""A schedule's settings where only some of them are given."""
 
 
 @dataclass(frozen=True)
 class DeltaCode:
-    """Closed-loop delta code with a decaying quantum.
+    """Closed-loop delta code whose quantum follows what is left to tell, or a schedule.
 
-    A neuron keeps what its receivers know of it, ``r``, and spikes for what they do not, at a
-    resolution ``delta_t`` that a global clock refines::
+    A neuron keeps what its receivers know of it, ``r``, and spikes for what they do not, its *gap*::
 
         s' = clip(I(r) + b + nudge, 0, 1)
-        q = Q((s' - (1 - l_t) r) / delta_t),   r' = (1 - l_t) r + delta_t q
+        q = clip(round((s' - r) / delta_t), -m, m),   r' = r + delta_t q
 
-    Receivers hold ``I(r)``, to which a spike adds its weight times ``delta_t``. Without leak
-    (``l_t = 0``) ``Q = clip(round(.), -1, 1)`` is a ternary code. With leak (``l_t = delta_t``)
-    ``Q = 1[. > 1/2]`` is a binary sigma-delta code with a closed loop. The network settles at a
-    fixed point, not in a limit cycle, and the error falls as ``decay^t``. A neuron that has told
-    all it knows is silent: without leak, everyone at a constant quantum, and at a decaying one
-    those that rest at a bound; the others send ever smaller quanta.
+    Receivers hold ``I(r)``, to which a spike adds its weight times ``delta_t``. With ``2 m + 1``
+    levels a message is of up to ``m`` unit spikes; three levels are a ternary code.
 
-    In the free phase the quantum is ``quantum * decay^max(0, t - lag * (l - 1))``: deeper layers
-    refine later, since they move later. In the nudged phase it is ``e nudged_quantum *
-    nudged_decay^t`` in displacement coordinates, with ``e = max |dC/ds_L|`` the error of the output
-    (one number an example, broadcast), and that times ``|beta| alpha^(L - l)`` in absolute ones.
-    The leak is the quantum without ``e``. A displacement has either sign, so its code is signed,
-    with leak as well.
+    **The quantum scales itself** (the default)::
+
+        delta_t = max(scale * sqrt(sum gap^4 / sum gap^2), shrink * delta_{t-1})
+
+    over the units of a layer, for each example: the root mean square gap, weighted by its energy.
+    (The largest gap is set by one outlier; the plain mean square is far too small, since most gaps
+    are zero.) It is refined as fast as the state settles and no faster, in both phases alike. On a
+    chip it takes two sums over a layer, which neurons with a gap contribute to, and one broadcast a
+    sweep. A `scale` of 2 or more can leave all gaps below half a quantum, and no one spikes.
+
+    **A schedule** (any of `quantum`, `decay`, `lag`, `nudged_quantum`, `nudged_decay` is given)
+    refines by a global clock, ``quantum * decay^max(0, t - lag * (l - 1))`` in the free phase:
+    deeper layers refine later, since they move later. In the nudged phase it is ``e nudged_quantum
+    * nudged_decay^t`` in displacement coordinates, with ``e = max |dC/ds_L|`` the error of the
+    output (one number an example, broadcast), and that times ``|beta| alpha^(L - l)`` in absolute
+    ones. It needs no sums. But a clock that refines faster than an example settles leaves it behind
+    for good: the code freezes away from the fixed point, and only `PhaseInfo.residual` tells.
+
+    With `leak` the code is a binary one, a sigma-delta code with a closed loop: receivers forget,
+    ``q = 1[(s' - (1 - l_t) r) / delta_t > 1/2]``, ``r' = (1 - l_t) r + delta_t q``, where the leak
+    ``l_t`` is the quantum, at most 1 (of a schedule's nudged phase: without ``e``). A displacement
+    has either sign, so its code is signed, with leak as well.
 
     Attributes:
-        quantum: first quantum of the free phase.
+        quantum: first quantum of a scheduled free phase.
         decay: its factor a step.
         lag: steps by which each layer starts to refine after the one below.
-        nudged_quantum: first quantum of the nudged phase, in units of the output's error.
+        nudged_quantum: first quantum of a scheduled nudged phase, in units of the output's error.
         nudged_decay: its factor a step.
-        leak: whether ``r`` leaks (binary code) or not (ternary code).
+        leak: whether ``r`` leaks (binary code) or not.
         surrogate: derivative of the quantiser in reverse mode (`ep_jax.spikes`): EP needs none.
+        levels: number of values of a message, odd: 3 is ternary, 5 is ``-2 ... 2``. By default 5,
+            with a schedule 3. A binary code (`leak`) has them for displacements alone.
+        scale: the quantum over the energy-weighted gap.
+        shrink: the quantum becomes at most so much smaller in a sweep.
 
     Example:
-        >>> DeltaCode(decay=0.8, leak=True).quantum
-        0.7
+        >>> DeltaCode().levels, DeltaCode(decay=0.8).levels, DeltaCode(decay=0.8).quantum
+        (5, 3, 0.7)
     """
 
-    quantum: float = 0.7
-    decay: float = 0.6
-    lag: float = 1.0
-    nudged_quantum: float = 0.5
-    nudged_decay: float = 0.5
+    quantum: float | None = None
+    decay: float | None = None
+    lag: float | None = None
+    nudged_quantum: float | None = None
+    nudged_decay: float | None = None
     leak: bool = False
     surrogate: str = "straight_through"
+    levels: int | None = None
+    scale: float = 0.8
+    shrink: float = 0.5
     activation = "hard_sigmoid"
     stochastic = False
 
     def __post_init__(self) -> None:
-        for name in ("quantum", "nudged_quantum"):
-            check_number(f"DeltaCode.{name}", getattr(self, name), above=0.0)
-        for name in ("decay", "nudged_decay"):
-            check_number(f"DeltaCode.{name}", getattr(self, name), above=0.0, at_most=1.0)
-        check_non_negative("DeltaCode.lag", self.lag)
+        if self.scheduled:
+            for name, default in _SCHEDULE.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
+            for name in ("quantum", "nudged_quantum"):
+                check_number(f"DeltaCode.{name}", getattr(self, name), above=0.0)
+            for name in ("decay", "nudged_decay"):
+                check_number(f"DeltaCode.{name}", getattr(self, name), above=0.0, at_most=1.0)
+            check_non_negative("DeltaCode.lag", self.lag)
+        if self.levels is None:
+            object.__setattr__(self, "levels", 3 if self.scheduled else 5)
+        check_integer("DeltaCode.levels", self.levels, at_least=3)
+        if self.levels is not None and self.levels % 2 == 0:
+            raise ValueError(f"DeltaCode.levels is {self.levels}; expected an odd number: as many "
+                             "positive as negative ones, and zero")  # fmt: skip
+        check_number("DeltaCode.scale", self.scale, above=0.0)
+        check_number("DeltaCode.shrink", self.shrink, above=0.0, at_most=1.0)
         check_choice("DeltaCode.leak", self.leak, (True, False))
-        if self.leak:  # the quantum is the leak as well
+        if self.leak and self.scheduled:  # the quantum is the leak as well
             check_number("DeltaCode.quantum", self.quantum, above=0.0, at_most=1.0)
         check_choice("DeltaCode.surrogate", self.surrogate, spikes.SURROGATES)
 
-    def resolution(self, clock: Clock, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """The quantum ``delta_t`` and the leak ``l_t`` (where there is one) of a step."""
-        t = clock.step.astype(dtype)
+    @property
+    def scheduled(self) -> bool:
+        """Whether the quantum follows a schedule."""
+        return any(getattr(self, name) is not None for name in _SCHEDULE)
+
+    def resolution(
+        self, clock: Clock, gap: jax.Array, before: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The quantum ``delta_t`` and the leak ``l_t`` (where there is one) of a step.
+
+        Args:
+            clock: where the step stands.
+            gap: what the receivers do not know, before they forget.
+            before: the last quantum.
+        """
+        one = jnp.asarray(clock.unit * clock.error, gap.dtype)  # the size of what is coded
+        floor = jnp.finfo(gap.dtype).eps * one  # a finer spike has no effect
+        if not self.scheduled:
+            gap = jax.lax.stop_gradient(gap) * (1.0 / one)
+            squares = gap * gap
+            energy = jnp.sum(squares)
+            size = jnp.sqrt(jnp.sum(squares * squares) / jnp.where(energy > 0, energy, 1.0))
+            delta = jnp.maximum(self.scale * one * size, self.shrink * before)
+            if self.leak and not clock.displaced:
+                delta = jnp.minimum(delta, 1.0)
+            delta = jnp.maximum(delta, floor)
+            return delta, jnp.minimum(delta, 1.0)
+        assert self.quantum is not None and self.decay is not None and self.lag is not None
+        assert self.nudged_quantum is not None and self.nudged_decay is not None
+        t = clock.step.astype(gap.dtype)
         if clock.nudged:
             leak = clock.unit * self.nudged_quantum * self.nudged_decay**t
-            return clock.error * leak, leak
+            return jnp.maximum(clock.error * leak, floor), leak
         delta = self.quantum * self.decay ** jnp.maximum(t - self.lag * (clock.layer - 1), 0.0)
-        return delta, delta
+        return jnp.maximum(delta, floor), delta
 
     def start(self, s: jax.Array, current: jax.Array) -> DeltaCodeState:
         """See `Neuron`."""
         del current
-        return DeltaCodeState(s, s)
+        return DeltaCodeState(s, s, jnp.zeros((), s.dtype))
 
     def step(
         self,
@@ -506,12 +590,15 @@ class DeltaCode:
         """See `Neuron`."""
         del key
         s = relax(state.s, current, 1.0)
-        delta, leak = self.resolution(clock, s.dtype)
+        delta, leak = self.resolution(clock, s - state.known, state.quantum)
         kept = (1.0 - leak) * state.known if self.leak else state.known
         value = (s - kept) * (1.0 / delta)  # one division for all units
-        quantise = spikes.binary if self.leak and not clock.displaced else spikes.ternary
-        count = quantise(value, self.surrogate)
-        return DeltaCodeState(s, kept + delta * count), count
+        if self.leak and not clock.displaced:
+            count = spikes.binary(value, self.surrogate)
+        else:
+            assert self.levels is not None
+            count = spikes.graded(self.levels // 2)(value, self.surrogate)
+        return DeltaCodeState(s, kept + delta * count, delta), count
 
     def signal(self, state: DeltaCodeState) -> jax.Array:
         """See `Neuron`."""
@@ -660,6 +747,7 @@ class IntegrateFire:
     surrogate: str = "straight_through"
     activation = "hard_sigmoid"
     stochastic = False
+    damped = False  # its state is a trace of spikes and makes no step, so nothing to over-relax
 
     def __post_init__(self) -> None:
         check_number("IntegrateFire.leak", self.leak, above=0.0, at_most=1.0)

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ep_jax.diagnostics import GDU
-from ep_jax.dynamics import Phases, Snapshot, free_phase
+from ep_jax.dynamics import Snapshot, free_phase
 from ep_jax.network import NetworkSpec, Params, energy
+from ep_jax.phases import Phases
 
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,

@@ -11,11 +11,11 @@ from typing import Literal
 
 from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
 from ep_jax.data import DATASETS
-from ep_jax.dynamics import Phases
 from ep_jax.gradients import GRADIENTS
 from ep_jax.layers import Conv, Dense, Layer
 from ep_jax.network import NetworkSpec
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
+from ep_jax.phases import Phases
 from ep_jax.training import Augmentation
 
 NEURONS = ("rate", "sigma_delta", "delta_code", "bernoulli", "integrate_fire")

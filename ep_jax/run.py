@@ -42,9 +42,9 @@ from ep_jax.checkpoint import (
 )
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
-from ep_jax.dynamics import Phases
 from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec, Params
+from ep_jax.phases import Phases
 from ep_jax.presets import Config, spec_of
 from ep_jax.training import StepMetrics
 

@@ -60,9 +60,27 @@ binary = _quantiser(lambda v: (v > 0.5).astype(v.dtype), lambda v: v - 0.5)
 fire = _quantiser(lambda v: (v >= 1.0).astype(v.dtype), lambda v: v - 1.0)
 """``1[v >= 1]``, the threshold of an integrate-and-fire neuron."""
 
-ternary = _quantiser(
-    lambda v: (v > 0.5).astype(v.dtype) - (v < -0.5).astype(v.dtype), lambda v: jnp.abs(v) - 0.5
-)
+
+@functools.cache
+def graded(largest: int) -> Quantiser:
+    """``clip(round(v), -largest, largest)``: up to so many unit spikes in one message.
+
+    Example:
+        >>> [float(q) for q in graded(2)(jnp.array([0.4, -0.6, 7.0]), "triangle")]
+        [0.0, -1.0, 2.0]
+    """
+
+    def staircase(v: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.round(v), -largest, largest)
+
+    def distance(v: jax.Array) -> jax.Array:
+        size = jnp.abs(v)
+        return size - 0.5 - jnp.clip(jnp.round(size - 0.5), 0, largest - 1)
+
+    return _quantiser(staircase, distance)
+
+
+ternary = graded(1)
 """``clip(round(v), -1, 1)``."""
 
 rounded = _quantiser(jnp.round, lambda v: 0.5 - jnp.abs(v - jnp.round(v)))

@@ -20,9 +20,10 @@ from ep_jax import network
 from ep_jax.checks import check_integer, check_non_negative, check_number
 from ep_jax.costs import read_out
 from ep_jax.data import to_float
-from ep_jax.dynamics import PhaseInfo, Phases, check_phases, settle_free
+from ep_jax.dynamics import Absolute, PhaseInfo, mean_info, settle_batch
 from ep_jax.gradients.equilibrium import ep_gradient
 from ep_jax.network import NetworkSpec, Params
+from ep_jax.phases import Phases, check_phases
 
 Gradient: TypeAlias = Callable[..., tuple[Params, Any]]
 """Any of the library's gradients: ``(params, spec, xs, ys, phases, key) -> (grads, info)``."""
@@ -293,27 +294,27 @@ def epoch_batches(
     return np.resize(rng.permutation(examples), shape).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "phases", "batch"))
+@functools.partial(jax.jit, static_argnames=("spec", "phases"))
 def _answers(
-    params: Params,
-    images: jax.Array,
-    key: jax.Array,
-    *,
-    spec: NetworkSpec,
-    phases: Phases,
-    batch: int,
+    params: Params, batches: jax.Array, keys: jax.Array, *, spec: NetworkSpec, phases: Phases
 ) -> tuple[jax.Array, PhaseInfo]:
+    """Answers ``[batches, B, classes]`` to images ``[batches, B, ...]``; each example's info."""
     links = network.link(params, spec)
 
-    def one(image: jax.Array, key: jax.Array) -> tuple[jax.Array, PhaseInfo]:
-        drive = network.input_drive(spec, links, to_float(image))
-        state, info = settle_free(
-            spec, links, drive, phases, key if spec.neuron.stochastic else None
+    def settled(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, PhaseInfo]:
+        images, keys = batch
+        drives = jax.vmap(lambda image: network.input_drive(spec, links, to_float(image)))(images)
+        found = settle_batch(
+            spec,
+            phases,
+            False,
+            lambda drive: Absolute(spec, links, drive),
+            (drives,),
+            keys if spec.neuron.stochastic else None,
         )
-        return read_out(links, state[-1]), info
+        return jax.vmap(lambda s: read_out(links, s))(found.state[-1]), found.info
 
-    keys = jax.random.split(key, len(images))
-    return jax.lax.map(lambda args: one(*args), (images, keys), batch_size=batch)
+    return jax.lax.map(settled, (batches, keys))
 
 
 def check_images(spec: NetworkSpec, images: np.ndarray | jax.Array) -> None:
@@ -344,21 +345,32 @@ def predict(
         batch: images in flight at once.
 
     Returns:
-        Predicted labels ``[N]`` and the mean `PhaseInfo`.
+        Predicted labels ``[N]`` and the `PhaseInfo` of all images: largest residuals, else means.
     """
     network.check_params(spec, params)
     check_images(spec, images)
     key = jax.random.key(0) if key is None else key
     check_phases(spec, phases, key)
-    outputs, info = _answers(
-        params,
-        jnp.asarray(images),
-        key,
-        spec=spec,
-        phases=phases,
-        batch=min(batch, len(images)),
-    )
-    return np.asarray(outputs.argmax(-1)), jax.tree.map(jnp.mean, info)
+    keys = jax.random.split(key, len(images))
+    # Whole batches in one program, what is left in another: stragglers are found within a batch.
+    batch = min(batch, len(images))
+    whole = len(images) // batch * batch
+    parts = []
+    for part, size in ((slice(whole), batch), (slice(whole, None), len(images) - whole)):
+        if size:
+            some, theirs = jnp.asarray(images[part]), keys[part]
+            split = (len(some) // size, size)
+            outputs, info = _answers(
+                params,
+                some.reshape(*split, *some.shape[1:]),
+                theirs.reshape(split),
+                spec=spec,
+                phases=phases,
+            )
+            flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (outputs, info))
+            parts.append(flat)
+    outputs, info = jax.tree.map(lambda *some: jnp.concatenate(some), *parts)
+    return np.asarray(outputs.argmax(-1)), mean_info(info)
 
 
 def error_rate(predictions: np.ndarray, labels: np.ndarray) -> float:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from ep_jax import dynamics, network
 from ep_jax.costs import cost, read_out, targets
-from ep_jax.dynamics import PhaseInfo, Phases
+from ep_jax.dynamics import Absolute, PhaseInfo, Swept
 from ep_jax.network import LayerParams, Links, NetworkSpec, Params, State
+from ep_jax.phases import Phases, check_phases
 
 
 class GradientInfo(NamedTuple):
@@ -19,15 +20,17 @@ class GradientInfo(NamedTuple):
     Attributes:
         cost: mean cost of the batch at the free states.
         output: answers of the free phase ``[B, classes]`` (output layer or logits).
-        free: mean `PhaseInfo` of the free phases.
-        nudged: mean `PhaseInfo` of the nudged phases (implicit differentiation: of the adjoint
-            ones); ``None`` where there are none.
+        free: `PhaseInfo` of the free phases: the largest residuals of the batch, else the mean.
+        nudged: that of the nudged phases (implicit differentiation: of the adjoint ones); ``None``
+            where there are none.
+        limited: share of the examples whose displacement was scaled down (``phases.limit``).
     """
 
     cost: jax.Array
     output: jax.Array
     free: PhaseInfo
     nudged: PhaseInfo | None = None
+    limited: jax.Array | None = None
 
 
 class Checked(NamedTuple):
@@ -55,7 +58,7 @@ def check(
     """Raise where an argument of a gradient does not fit the others."""
     network.check_params(spec, params)
     dynamics.check_inputs(spec, xs)
-    dynamics.check_phases(spec, phases, key)
+    check_phases(spec, phases, key)
     batch = xs.shape[0]
     xs = network.as_precise_as(params[0]["w"], xs)
     estimator_key, phase_key = (None, None) if key is None else jax.random.split(key)
@@ -73,12 +76,14 @@ class Free(NamedTuple):
         links: the parameters in working form.
         drives: the input's drive of each example.
         state: the packed free states.
-        info: their `PhaseInfo`.
+        swept: one more sweep of rate neurons from there.
+        info: the `PhaseInfo` of each example.
     """
 
     links: Links
     drives: jax.Array
     state: State
+    swept: Swept
     info: PhaseInfo
 
 
@@ -88,10 +93,10 @@ def settle(
     """Settle every example freely."""
     links = network.link(params, spec)
     drives = jax.vmap(lambda x: network.input_drive(spec, links, x))(xs)
-    state, info = jax.vmap(
-        lambda drive, key: dynamics.settle_free(spec, links, drive, phases, key)
-    )(drives, keys)
-    return Free(links, drives, state, info)
+    found = dynamics.settle_batch(
+        spec, phases, False, lambda drive: Absolute(spec, links, drive), (drives,), keys
+    )
+    return Free(links, drives, found.state, found.swept, found.info)
 
 
 class Answer(NamedTuple):
@@ -118,8 +123,3 @@ def answer(spec: NetworkSpec, links: Links, last: jax.Array, ys: jax.Array) -> A
         return Answer(*mean_cost(None), ())
     (value, output), own = jax.value_and_grad(mean_cost, has_aux=True)(links.readout)
     return Answer(value, output, (own,))
-
-
-def mean_info(info: PhaseInfo) -> PhaseInfo:
-    """The mean of the `PhaseInfo` of many phases."""
-    return jax.tree.map(jnp.mean, info)

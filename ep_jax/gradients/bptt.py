@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from ep_jax import dynamics, network
 from ep_jax.checks import check_choice, check_integer
 from ep_jax.costs import cost, read_out
-from ep_jax.dynamics import Carry, PhaseInfo, Phases, Sweeps
-from ep_jax.gradients.batch import GradientInfo, check, mean_info
+from ep_jax.dynamics import Absolute, Carry, PhaseInfo, Sweeps, mean_info
+from ep_jax.gradients.batch import GradientInfo, check
 from ep_jax.network import Links, NetworkSpec, Params, State
+from ep_jax.phases import Phases
 
 
 def bptt_gradient(
@@ -42,7 +43,8 @@ def bptt_gradient(
         spec: the network.
         xs: inputs, floating point, ``[B, *spec.input_shape]``.
         ys: integer labels ``[B]`` or one-hot targets ``[B, classes]``.
-        phases: the free phase; what it says of the nudged one is not used.
+        phases: the free phase; what it says of the nudged one is not used. Reverse mode needs a
+            number of sweeps that is known: without a tolerance, and the same for all examples.
         key: random key, for stochastic neurons.
         tracked: differentiate the last so many sweeps only, by default all: from a settled state,
             the truncated gradient converges to the exact one.
@@ -63,6 +65,12 @@ def bptt_gradient(
         ((3, 4), True)
     """
     given = check(params, spec, xs, ys, phases, key)
+    if phases.tolerance is not None:
+        raise ValueError(f"phases.tolerance is {phases.tolerance}; expected None: back-propagation "
+                         "through time needs a number of sweeps that is known")  # fmt: skip
+    if phases.stragglers:
+        raise ValueError(f"phases.stragglers is {phases.stragglers}; expected 0: back-propagation "
+                         "through time makes the same sweeps of all examples")  # fmt: skip
     tracked = phases.free if tracked is None else tracked
     check_integer("tracked", tracked, at_least=1)
     if tracked > phases.free:
@@ -97,14 +105,16 @@ def _settle(
     remat: bool,
 ) -> tuple[State, PhaseInfo]:
     """The free phase, of which the last `tracked` sweeps can be differentiated."""
-    phase = dynamics.free_sweeps(spec, links, drive, phases, key)
+    coordinates = Absolute(spec, links, drive)
+    phase = dynamics.sweeps_of(spec, phases, coordinates, key)
     if tracked < phase.length:
-        fixed = dynamics.free_sweeps(
-            spec, *jax.lax.stop_gradient((links, drive)), phases=phases, key=key
-        )
-        carry, _ = fixed._replace(length=phase.length - tracked).run()
+        fixed = Absolute(spec, *jax.lax.stop_gradient((links, drive)))
+        untracked = dynamics.sweeps_of(spec, phases, fixed, key)
+        carry, _ = untracked._replace(length=phase.length - tracked).run()
         phase = phase._replace(carry=carry, opening=(), length=tracked)
-    return dynamics.conclude(spec, _in_segments(phase) if remat else phase.run()[0])
+    carry = _in_segments(phase) if remat else phase.run()[0]
+    found = dynamics.conclude(spec, coordinates, carry)
+    return found.state, found.info
 
 
 def _in_segments(phase: Sweeps) -> Carry:

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ep_jax import dynamics, network
-from ep_jax.dynamics import Base, PhaseInfo, Phases
-from ep_jax.gradients.batch import Checked, Free, GradientInfo, answer, check, mean_info, settle
+from ep_jax.dynamics import Absolute, Base, Displacement, PhaseInfo, mean_info
+from ep_jax.gradients.batch import Checked, Free, GradientInfo, answer, check, settle
 from ep_jax.network import Links, NetworkSpec, Params, State
+from ep_jax.phases import Phases, check_nudge
 
 
 class Nudges(NamedTuple):
@@ -76,14 +77,14 @@ def displacement_psi(
 ) -> jax.Array:
     """A scalar whose derivative with respect to the parameters is ``psi(beta)`` of one example."""
     total = jnp.zeros((), d[-1].dtype)
+    units = dynamics.displacement_units(spec, beta, d[-1].dtype)
     for l, v in enumerate(d):
         if l == 0:
             below = network.input_drive(spec, links, x)
         else:
             below = network.drive(spec, links, l, base.state[l - 1])
             behind = network.behind(spec, links, l, base.state[l - 1])
-            unit = beta * spec.weight_of(l - 1)
-            moved = network.drive_difference(spec, links, l, d[l - 1], behind, unit)
+            moved = network.drive_difference(spec, links, l, d[l - 1], behind, units[l - 1])
             nudged = base.state[l] + beta * spec.weight_of(l) * v
             total = total + spec.feedback * jnp.sum(moved * nudged)
         total = total + jnp.sum((below + links.biases[l]) * v)
@@ -127,22 +128,24 @@ def ep_gradient(
         ((3, 4), (5, 2))
     """
     given = check(params, spec, xs, ys, phases, key)
+    check_nudge(spec, phases, phases.beta, given.xs.dtype)
     points = nudges(phases, len(given.xs), given.xs.dtype, given.estimator_key)
     free = settle(params, spec, given.xs, phases, given.free_keys)
     contrast = _displaced if phases.coordinates == "displacement" else _absolute
-    mean_psi, nudged_info = contrast(spec, phases, given, free, points)
+    mean_psi, nudged_info, limited = contrast(spec, phases, given, free, points)
 
     psi = jax.grad(mean_psi)(params)
     grads = tuple(jax.tree.map(jnp.negative, p) for p in psi)
     found = answer(spec, free.links, free.state[-1], given.ys)
     if found.readout_gradient:
         grads = (*grads[:-1], *found.readout_gradient)
-    info = GradientInfo(found.cost, found.output, mean_info(free.info), mean_info(nudged_info))
-    return grads, info
+    infos = (mean_info(free.info), mean_info(nudged_info))
+    return grads, GradientInfo(found.cost, found.output, *infos, limited)
 
 
-Contrast: TypeAlias = tuple[Callable[[Params], jax.Array], PhaseInfo]
-"""A function of the parameters whose derivative is the mean ``psi``; the nudged phases' info."""
+Contrast: TypeAlias = tuple[Callable[[Params], jax.Array], PhaseInfo, jax.Array | None]
+"""A function of the parameters whose derivative is the mean ``psi``; the nudged phases' info; the
+share of examples that were limited."""
 
 
 def _absolute(
@@ -151,13 +154,19 @@ def _absolute(
     """Nudged phases of the state itself: ``psi`` is a difference of Phi."""
     like = _cast_to(points.betas.dtype)
     links, drives, state, ys = like((free.links, free.drives, free.state, given.ys))
-    nudged, info = _each(
-        lambda beta, y, drive, s, key: dynamics.settle_nudged(
-            spec, links, drive, y, s, beta, phases, key
-        ),
-        (points.betas,),
-        (ys, drives, state, given.nudged_keys),
-    )
+
+    def settle_at(betas: jax.Array) -> tuple[State, PhaseInfo]:
+        found = dynamics.settle_batch(
+            spec,
+            phases,
+            True,
+            lambda beta, y, drive, s: Absolute(spec, links, drive, s, (y, beta)),
+            (betas, ys, drives, state),
+            given.nudged_keys,
+        )
+        return found.state, found.info
+
+    nudged, info = jax.vmap(settle_at)(points.betas)
 
     def mean_psi(params: Params) -> jax.Array:
         links = like(network.link(params, spec))
@@ -169,7 +178,7 @@ def _absolute(
             return total
         return total - jnp.mean(phi_of(given.xs, free.state) / points.betas[0])
 
-    return mean_psi, info
+    return mean_psi, info, None
 
 
 def _displaced(
@@ -177,16 +186,25 @@ def _displaced(
 ) -> Contrast:
     """Nudged phases of the displacement: ``psi`` without a difference."""
     like = _cast_to(points.betas.dtype)
-    at_rest = jax.vmap(lambda drive, s: dynamics.base_of(spec, free.links, drive, s))
-    base = like(at_rest(free.drives, free.state))
-    links, ys = like((free.links, given.ys))
-    d, info = _each(
-        lambda beta, y, base, key: dynamics.settle_displacement(
-            spec, links, y, base, beta, phases, key
-        ),
-        (points.betas,),
-        (ys, base, given.nudged_keys),
-    )
+    base = jax.vmap(lambda swept: dynamics.base_of(spec, free.links, swept))(free.swept)
+    links, ys, base = like((free.links, given.ys, base))
+
+    def settle_at(betas: jax.Array) -> tuple[State, PhaseInfo]:
+        found = dynamics.settle_batch(
+            spec,
+            phases,
+            True,
+            lambda beta, y, base: Displacement(spec, links, base, y, beta),
+            (betas, ys, base),
+            given.nudged_keys,
+        )
+        return found.state, found.info
+
+    d, info = jax.vmap(settle_at)(points.betas)
+    limited = None
+    if phases.limit is not None:
+        errors = jax.vmap(lambda s, y: dynamics.output_error(links, s, y))(base.state[-1], ys)
+        d, limited = limit_displacements(d, errors, phases.limit)
 
     def mean_psi(params: Params) -> jax.Array:
         links = like(network.link(params, spec))
@@ -197,7 +215,26 @@ def _displaced(
         )
         return points.weights @ jnp.mean(psi.real, axis=1)
 
-    return mean_psi, info
+    return mean_psi, info, limited
+
+
+def limit_displacements(d: State, errors: jax.Array, limit: float) -> tuple[State, jax.Array]:
+    """Scale down the displacements that are large for their output's error.
+
+    Args:
+        d: displacements, arrays ``[points, B, ...]``.
+        errors: the output's error of each example, ``[B]``.
+        limit: the largest norm of a displacement over its error, in units of the batch's median.
+
+    Returns:
+        The displacements, and the share of them that was scaled down.
+    """
+    flat = [jnp.abs(v).reshape(*v.shape[:2], -1) for v in d]
+    sizes = jnp.sqrt(sum(jnp.sum(v**2, axis=-1) for v in flat)) / errors
+    most = limit * jnp.median(sizes, axis=1, keepdims=True)
+    factors = jnp.where(sizes > most, most / jnp.where(sizes > 0, sizes, 1), 1)
+    scaled = tuple(v * factors.reshape(*factors.shape, *(1,) * (v.ndim - 2)) for v in d)
+    return scaled, jnp.mean(factors < 1, dtype=factors.dtype)
 
 
 def _cast_to(dtype: jnp.dtype) -> Callable[[Any], Any]:

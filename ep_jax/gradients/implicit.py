@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from ep_jax import dynamics, network
 from ep_jax.checks import check_integer, check_number
 from ep_jax.costs import cost_gradient
-from ep_jax.dynamics import MOVING, PhaseInfo, Phases
-from ep_jax.gradients.batch import GradientInfo, answer, check, mean_info, settle
+from ep_jax.dynamics import MOVING, UNSETTLED, Absolute, PhaseInfo, largest, mean_info
+from ep_jax.gradients.batch import GradientInfo, answer, check, settle
 from ep_jax.network import Links, NetworkSpec, Params, State
+from ep_jax.phases import Phases
 
 
 def implicit_gradient(
@@ -91,11 +92,25 @@ def implicit_gradient(
             return sweeps + 1, new, jax.tree.map(jnp.subtract, new, v)
 
         start = (jnp.zeros((), jnp.int32), source, source)
-        _, v, change = jax.lax.while_loop(unsettled, sweep, start)
+        sweeps, v, change = jax.lax.while_loop(unsettled, sweep, start)
         moved = jnp.concatenate([jnp.abs(c).ravel() > MOVING for c in change])
-        nothing = tuple(jnp.zeros((), y.dtype) for _ in state)
-        moving = jnp.mean(moved, dtype=y.dtype)
-        return v, PhaseInfo(_norm(change), moving, nothing, dynamics.mean_size(v))
+        sizes = tuple(_norm((a,)) for a in v)
+        found = tuple(
+            jnp.where(size > 0, _norm((c,)) / jnp.where(size > 0, size, 1), jnp.sign(_norm((c,))))
+            for c, size in zip(change, sizes, strict=True)
+        )
+        worst = largest(found)
+        info = PhaseInfo(
+            residual=worst,
+            residuals=found,
+            mean_residual=worst,
+            unsettled=(worst > UNSETTLED).astype(worst.dtype),
+            sweeps=sweeps.astype(worst.dtype),
+            moving=jnp.mean(moved, dtype=y.dtype),
+            spikes=tuple(jnp.zeros((), y.dtype) for _ in state),
+            activity=dynamics.mean_size(v),
+        )
+        return v, info
 
     v, adjoint_info = jax.vmap(adjoint)(free.drives, free.state, given.ys)
 
@@ -119,7 +134,7 @@ def implicit_gradient(
 
 def rate_sweep(spec: NetworkSpec, links: Links, drive: jax.Array, state: State) -> State:
     """``F(s)``: one synchronous sweep of rate neurons, packed; the network rests where F(s) = s."""
-    return dynamics.base_of(spec, links, drive, state).state
+    return Absolute(spec, links, drive, state).swept(state).state
 
 
 def _norm(state: State) -> jax.Array:
