@@ -311,12 +311,14 @@ class Displacement:
         self, l: int, s: jax.Array, current: jax.Array, epsilon: jax.Array | float
     ) -> jax.Array:
         """See `Coordinates`."""
-        total = self._total(l, s, current)
+        return self._step(l, s, self._total(l, s, current), epsilon)
+
+    def _step(self, l: int, d: jax.Array, total: jax.Array, epsilon: jax.Array | float) -> jax.Array:
         # Tied to what changes, so that XLA makes what sigma needs of the base anew in each sweep:
         # that is cheaper than keeping it.
         total, base_current = jax.lax.optimization_barrier((total, self._base.currents[l]))
         activation = activation_of(self._spec, l)
-        return relax_displacement(activation, base_current, s, total, self._scales[l], epsilon)
+        return relax_displacement(activation, base_current, d, total, self._scales[l], epsilon)
 
     def swept(self, state: State) -> Swept:
         """See `Coordinates`."""
@@ -326,7 +328,7 @@ class Displacement:
             self._total(turn.layer, d, self.current(turn, state))
             for turn, d in zip(turns, state, strict=True)
         )
-        new = tuple(self.relax(l, state[l], currents[l], 1.0) for l in range(depth))
+        new = tuple(self._step(l, state[l], currents[l], 1.0) for l in range(depth))
         return Swept(new, currents)
 
     def moved(self, state: State) -> State:
