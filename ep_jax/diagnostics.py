@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from ep_jax import dynamics, layers, network
-from ep_jax.checks import check_integer
-from ep_jax.costs import cost
-from ep_jax.dynamics import Absolute, PhaseInfo, mean_info
+from ep_jax.checks import check_integer, check_number
+from ep_jax.costs import cost, read_out
+from ep_jax.dynamics import Absolute, Coordinates, Displacement, PhaseInfo, Snapshot, mean_info
 from ep_jax.gradients.batch import check, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
-from ep_jax.phases import Phases
+from ep_jax.phases import Phases, optimal_relaxation
 
 
 def rate_twin(spec: NetworkSpec) -> NetworkSpec:
@@ -39,8 +39,9 @@ def rate_twin(spec: NetworkSpec) -> NetworkSpec:
     return dataclasses.replace(spec, neuron=Rate(activation=spec.neuron.activation))
 
 
-SETTLED = Phases(free=200, sweep="alternating")
-"""Sweeps after which a contractive rate network has reached its fixed point."""
+SETTLED = Phases(free=200, sweep="ordered", relaxation=1.4)
+"""Sweeps after which a contractive rate network has reached its fixed point: at a spectral radius
+of .99 they shrink errors by a factor of 1e8 (without over-relaxation by 50)."""
 
 
 def exact_gradient(
@@ -533,6 +534,240 @@ def contractivity(
         return Contractivity(radius, jnp.max(gaps), info.residual)
 
     return jax.vmap(one)(xs, jax.random.split(key, len(xs)))
+
+
+# What recurrence does, and how long it takes.
+
+
+class Recurrence(NamedTuple):
+    """What feedback does to the fixed points of the rate twin.
+
+    Attributes:
+        share: ``|s - s_ff| / |s|`` of each layer over all images, ``[layers]``: how much of the
+            free state feedback makes. ``s_ff`` is one pass from below that hears nothing from
+            above.
+        cut: share of the answers that change when the feedback is cut.
+        mean: share that change when it is replaced by its mean over the images.
+        other: share that change when it is replaced by that of another image.
+    """
+
+    share: jax.Array
+    cut: jax.Array
+    mean: jax.Array
+    other: jax.Array
+
+
+class FeedbackAnswers(NamedTuple):
+    """Answers ``[B]`` of the rate twin under some feedback, and what feedback makes of its state.
+
+    Attributes:
+        share: see `Recurrence`.
+        own: at the fixed point.
+        cut: one pass from below, without feedback.
+        mean: one pass under the mean feedback of all images at their fixed points.
+        other: one pass under the feedback of the next image in the batch.
+    """
+
+    share: jax.Array
+    own: jax.Array
+    cut: jax.Array
+    mean: jax.Array
+    other: jax.Array
+
+
+def recurrence(
+    params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases = SETTLED
+) -> Recurrence:
+    """What feedback does: to the states of the rate twin of `spec`, and to its answers.
+
+    A network whose answers do not care about their feedback is a feed-forward one, however it is
+    trained. All three numbers are invariant under the change of variables that trades feedback
+    strength for the size of weights and states (docs/studies/feedback.md), so they can be compared
+    between networks.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network, of any neuron model.
+        xs: inputs ``[B, *spec.input_shape]``, at least two.
+        phases: the free phase in which the rate twin settles.
+
+    Example:
+        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(2)), feedback=0.5)
+        >>> weights = ({"w": jnp.ones((1, 1))}, {"w": jnp.array([[0.5, 0.25]])})
+        >>> params = tuple(w | {"b": jnp.zeros(w["w"].shape[1])} for w in weights)
+        >>> found = recurrence(params, spec, jnp.array([[0.2], [0.4]]))
+        >>> [round(float(share), 3) for share in found.share], float(found.cut)
+        ([0.156, 0.156], 0.0)
+    """
+    found = feedback_answers(params, spec, xs, phases)
+    cut, mean, other = (jnp.mean(a != found.own) for a in (found.cut, found.mean, found.other))
+    return Recurrence(found.share, cut, mean, other)
+
+
+def feedback_answers(
+    params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases = SETTLED
+) -> FeedbackAnswers:
+    """The answers that `recurrence` compares; with labels they give errors. Arguments: see there.
+
+    At the fixed point one pass from below, under the feedback held as it is, changes nothing; so
+    whatever another feedback changes is its work.
+    """
+    network.check_params(spec, params)
+    dynamics.check_inputs(spec, xs)
+    if len(xs) < 2:
+        raise ValueError("xs holds one example; expected two or more: another one's feedback is "
+                         "asked for")  # fmt: skip
+    twin = rate_twin(spec)
+    links = network.link(params, twin)
+
+    def pass_from_below(drive: jax.Array, heard: State) -> State:
+        state: list[jax.Array] = []
+        for l in range(spec.depth):
+            below = drive if l == 0 else network.drive(twin, links, l, state[-1])
+            total = below + links.biases[l] + heard[l]
+            state.append(dynamics.activation_of(twin, l).apply(total))
+        return tuple(state)
+
+    def rest(x: jax.Array) -> tuple[jax.Array, State, State]:
+        drive = network.input_drive(twin, links, x)
+        state = dynamics.settle(twin, phases, Absolute(twin, links, drive), None).state
+        return drive, state, network.currents(twin, links, state, 0.0, twin.feedback)
+
+    drives, states, heard = jax.lax.map(rest, xs, batch_size=min(len(xs), 64))
+    nothing = jax.tree.map(jnp.zeros_like, heard)
+    average = jax.tree.map(lambda h: jnp.broadcast_to(h.mean(0), h.shape), heard)
+    others = jax.tree.map(lambda h: jnp.roll(h, 1, 0), heard)
+
+    def under(feedback: State) -> State:
+        return jax.lax.map(
+            lambda of: pass_from_below(*of), (drives, feedback), batch_size=min(len(xs), 64)
+        )
+
+    def answers(state: State) -> jax.Array:
+        return jax.vmap(lambda s: read_out(links, s))(state[-1]).argmax(-1)
+
+    forward = under(nothing)
+    share = [
+        jnp.linalg.norm(s - f) / jnp.linalg.norm(s) for s, f in zip(states, forward, strict=True)
+    ]
+    own, cut, mean, other = map(answers, (states, forward, under(average), under(others)))
+    return FeedbackAnswers(jnp.stack(share), own, cut, mean, other)
+
+
+def suggest_phases(
+    params: Params,
+    spec: NetworkSpec,
+    xs: jax.Array,
+    tolerance: float = 1e-3,
+    max_sweeps: int = 400,
+) -> Phases:
+    """Phases in which all of some inputs settle: one-sided, ordered, in displacement coordinates.
+
+    The relaxation is Young's optimum (`ep_jax.phases.optimal_relaxation`) for the largest spectral
+    radius among the inputs: the slowest ones decide how many sweeps it takes. The sweeps are those
+    after which every input is, and stays, within `tolerance` of its fixed point: the distance of
+    each layer, relative. Of the nudged phase it is the displacement's; the nudge is towards the
+    next class.
+
+    Not to be jitted: what it returns is static.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network. A noisy code may never come as close: ask for its rate twin's phases
+            then, or for a larger `tolerance`.
+        xs: inputs ``[B, *spec.input_shape]``.
+        tolerance: the largest relative distance from the fixed point.
+        max_sweeps: look no further than this.
+
+    Raises:
+        ValueError: an input has a radius of 1 or more, or does not settle in `max_sweeps` sweeps.
+
+    Example:
+        >>> spec = NetworkSpec((3,), (network.Dense(8), network.Dense(2)), neuron=Rate())
+        >>> params = network.init_params(jax.random.key(0), spec, gain=0.5)
+        >>> phases = suggest_phases(params, spec, jnp.ones((4, 3)))
+        >>> phases.relaxation > 1, phases.sweep, phases.coordinates
+        (True, 'ordered', 'displacement')
+    """
+    network.check_params(spec, params)
+    dynamics.check_inputs(spec, xs)
+    check_number("tolerance", tolerance, above=0.0)
+    check_integer("max_sweeps", max_sweeps, at_least=1)
+    twin = rate_twin(spec)
+
+    def radius(x: jax.Array) -> jax.Array:
+        return spectral_radius(params, twin, x, dynamics.free_phase(params, twin, x, SETTLED)[0])
+
+    radii = jax.jit(lambda xs: jax.lax.map(radius, xs, batch_size=min(len(xs), 64)))(xs)
+    largest = float(radii.max())
+    if not largest < 1.0:
+        raise ValueError(f"xs holds an example whose relaxation has a spectral radius of "
+                         f"{largest:.3g}; expected less than 1: without a contraction no number of "
+                         "sweeps is enough")  # fmt: skip
+    damped = getattr(spec.neuron, "damped", True)
+    phases = Phases(
+        free=max_sweeps,
+        nudged=max_sweeps,
+        beta=0.03,
+        estimator="one_sided",
+        sweep="ordered",
+        coordinates="displacement",
+        relaxation=optimal_relaxation(largest) if damped else 1.0,
+    )
+    exact = dataclasses.replace(SETTLED, free=max(SETTLED.free, max_sweeps))
+    free, nudged = jax.jit(_sweeps_needed, static_argnames=("spec", "phases", "exact"))(
+        params, spec, xs, phases, exact, tolerance
+    )
+    for name, needed in (("free", int(free)), ("nudged", int(nudged))):
+        if needed > max_sweeps:
+            raise ValueError(f"max_sweeps is {max_sweeps}, after which the {name} phase of some of "
+                             f"xs is not within tolerance={tolerance:g} of its fixed point; "
+                             "expected more sweeps or a larger tolerance")  # fmt: skip
+    return dataclasses.replace(phases, free=int(free), nudged=int(nudged))
+
+
+def _sweeps_needed(
+    params: Params,
+    spec: NetworkSpec,
+    xs: jax.Array,
+    phases: Phases,
+    exact: Phases,
+    tolerance: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Sweeps, free and nudged, after which all inputs stay within `tolerance` of where they go.
+
+    One more than there are where some do not. Both fixed points are the rate twin's.
+    """
+    twin = rate_twin(spec)
+    links = network.link(params, twin)
+    keys = jax.random.split(jax.random.key(0), len(xs)) if spec.neuron.stochastic else None
+
+    def needed(coordinates: Coordinates, key: jax.Array | None) -> tuple[jax.Array, State]:
+        goal = dynamics.settle(twin, exact, coordinates, None).state
+        logical = network.unpack(spec, goal)
+
+        def distance(now: Snapshot) -> jax.Array:
+            apart = [
+                jnp.linalg.norm(s - g) / jnp.maximum(jnp.linalg.norm(g), jnp.finfo(g.dtype).tiny)
+                for s, g in zip(now.state, logical, strict=True)
+            ]
+            return jnp.max(jnp.stack(apart))
+
+        away = dynamics.settle(spec, phases, coordinates, key, distance).info.trace
+        last = jnp.max(jnp.where(away > tolerance, jnp.arange(len(away)), -1))
+        return last + 2, goal
+
+    def one(x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        coordinates = Absolute(spec, links, network.input_drive(spec, links, x))
+        free, rest = needed(coordinates, key)
+        base = dynamics.base_of(spec, links, coordinates.swept(rest))
+        answer = read_out(links, rest[-1])
+        target = jnp.roll(jax.nn.one_hot(answer.argmax(), spec.classes, dtype=x.dtype), 1)
+        nudged, _ = needed(Displacement(spec, links, base, target, phases.beta), key)
+        return free, nudged
+
+    free, nudged = jax.lax.map(lambda args: one(*args), (xs, keys), batch_size=min(len(xs), 64))
+    return free.max(), nudged.max()
 
 
 class NotContractiveWarning(UserWarning):

@@ -172,6 +172,8 @@ class Absolute:
     """
 
     displaced = False
+    units: tuple[jax.Array | float, ...]
+    error: jax.Array | float
 
     def __init__(
         self,
@@ -264,6 +266,8 @@ class Displacement:
     """
 
     nudged, displaced, from_zero = True, True, True
+    units: tuple[jax.Array | float, ...]
+    error: jax.Array | float
 
     def __init__(
         self,
@@ -313,7 +317,9 @@ class Displacement:
         """See `Coordinates`."""
         return self._step(l, s, self._total(l, s, current), epsilon)
 
-    def _step(self, l: int, d: jax.Array, total: jax.Array, epsilon: jax.Array | float) -> jax.Array:
+    def _step(
+        self, l: int, d: jax.Array, total: jax.Array, epsilon: jax.Array | float
+    ) -> jax.Array:
         # Tied to what changes, so that XLA makes what sigma needs of the base anew in each sweep:
         # that is cheaper than keeping it.
         total, base_current = jax.lax.optimization_barrier((total, self._base.currents[l]))

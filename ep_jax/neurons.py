@@ -453,7 +453,7 @@ _SCHEDULE = {
 class DeltaCode:
     """Closed-loop delta code whose quantum follows what is left to tell, or a schedule.
 
-    A neuron keeps what its receivers know of it, ``r``, and spikes for what they do not, its *gap*::
+    A neuron keeps what its receivers know of it, ``r``, and spikes for what they do not, the gap::
 
         s' = clip(I(r) + b + nudge, 0, 1)
         q = clip(round((s' - r) / delta_t), -m, m),   r' = r + delta_t q
@@ -565,8 +565,11 @@ class DeltaCode:
                 delta = jnp.minimum(delta, 1.0)
             delta = jnp.maximum(delta, floor)
             return delta, jnp.minimum(delta, 1.0)
-        assert self.quantum is not None and self.decay is not None and self.lag is not None
-        assert self.nudged_quantum is not None and self.nudged_decay is not None
+        assert self.quantum is not None
+        assert self.decay is not None
+        assert self.lag is not None
+        assert self.nudged_quantum is not None
+        assert self.nudged_decay is not None
         t = clock.step.astype(gap.dtype)
         if clock.nudged:
             leak = clock.unit * self.nudged_quantum * self.nudged_decay**t
