@@ -770,6 +770,10 @@ def _sweeps_needed(
     return free.max(), nudged.max()
 
 
+AMBIGUOUS = 1e-2
+"""States of one input further apart than this, in any unit, are different fixed points."""
+
+
 class NotContractiveWarning(UserWarning):
     """EP's premise fails: its gradient need not be that of the cost."""
 
@@ -779,7 +783,7 @@ def check_contractivity(
     spec: NetworkSpec,
     xs: jax.Array,
     phases: Phases = SETTLED,
-    tolerance: float = 1e-2,
+    tolerance: float = AMBIGUOUS,
 ) -> Contractivity:
     """`contractivity` of a batch, with a warning where EP's premise fails.
 

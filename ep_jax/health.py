@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +12,7 @@ from ep_jax.presets import Config
 from ep_jax.training import StepMetrics
 
 UNSETTLED = 0.1
-"""A phase whose last sweep still changes the state (in displacement coordinates: the displacement)
-by more than this share has not settled."""
+"""A phase has not settled whose relative residual, the mean of the images, is above this."""
 DEAD = 1e-4
 """A layer whose mean activity is below this is dead."""
 SATURATED = 0.99
@@ -65,34 +62,45 @@ def check_finite(metrics: StepMetrics, epoch: int, before: int) -> None:
 def complaints(record: Mapping[str, Any], spec: NetworkSpec, config: Config) -> dict[str, str]:
     """What to be warned of in the record of an epoch: a sentence for each kind of trouble.
 
-    Phases that have not settled, since EP's gradient is right at a fixed point only, and hidden
-    layers that are dead or saturated, since no gradient passes them.
+    Phases that have not settled and relaxations that are no contraction, since EP's gradient is
+    right at a fixed point only; gradients that vanish on their way down; hidden layers that are
+    dead or saturated, since no gradient passes them.
 
     Args:
         record: a line of ``metrics.jsonl``.
         spec: the network.
         config: the run.
     """
-    phases, ones = config.phases, (1.0,) * spec.depth
+    said: dict[str, str] = {}
     looked_at = {}
     if config.gradient != "bptt":  # which is right wherever its sweeps end
-        looked_at["free"] = (phases.free, record["residual"], record["activity"], ones)
+        looked_at["free"] = ("", config.phases.free)
     if config.gradient == "ep":
-        units = ones
-        if phases.coordinates == "displacement":
-            units = tuple(phases.beta * spec.weight_of(l) for l in range(spec.depth))
-        activity = record["activity_nudged"]
-        looked_at["nudged"] = (phases.nudged, record["residual_nudged"], activity, units)
-    said = {}
-    for name, (sweeps, residual, activity, units) in looked_at.items():
-        sizes = map(math.prod, spec.state_shapes)
-        squares = (n * (u * a) ** 2 for n, u, a in zip(sizes, units, activity, strict=True))
-        change = residual / max(math.sqrt(sum(squares)), sys.float_info.min)
-        if change > UNSETTLED:
+        looked_at["nudged"] = ("_nudged", config.phases.nudged)
+    for name, (suffix, sweeps) in looked_at.items():
+        residual, unsettled = record[f"mean_residual{suffix}"], record[f"unsettled{suffix}"]
+        if residual > UNSETTLED:
+            worst = np.array(record[f"residuals{suffix}"]) > UNSETTLED
             said[f"{name} phase"] = (
-                f"the {name} phase has not settled after {sweeps} sweeps: residual {residual:.2g}, "
-                f"{100 * change:.0f} % of the {'state' if units is ones else 'displacement'}"
+                f"the {name} phase has not settled after {sweeps} sweeps: one more would move "
+                f"{'the displacement' if name == 'nudged' else 'the state'} by "
+                f"{100 * residual:.0f} % in the mean, and by more than 1 % in "
+                f"{100 * unsettled:.0f} % of the images; the furthest are layers {_layers(worst)}"
             )
+    norms = np.array(record["gradient_norm"])
+    lost = (norms == 0) & (np.cumsum(norms[::-1])[::-1] > 0)
+    if lost.any():
+        said["no gradient"] = (
+            f"layers {_layers(lost)} have a gradient of exactly zero below one that is not: more "
+            "nudged sweeps let the nudge reach them"
+        )
+    if (radius := record.get("radius")) is not None and not radius["largest"] < 1.0:
+        said["not contractive"] = (
+            f"the relaxation is no contraction: its spectral radius is {radius['mean']:.2f} in the "
+            f"mean and {radius['largest']:.2f} for the worst of {radius['images']} images, and "
+            f"{100 * radius['ambiguous']:.0f} % of them end in a state that depends on the start. "
+            "A cap on the links, weight decay or a smaller learning rate keep it one"
+        )
     hidden = np.array(record["activity"][: len(spec.layers) - 1])
     bounded = spec.neuron.activation == "hard_sigmoid"
     affected = {"dead": hidden < DEAD, "saturated": bounded & (hidden > SATURATED)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -41,7 +42,8 @@ from ep_jax.checkpoint import (
     write_json,
 )
 from ep_jax.data import Dataset, load, to_float
-from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
+from ep_jax.diagnostics import AMBIGUOUS, contractivity, spikes_per_neuron, synaptic_operations
+from ep_jax.dynamics import PhaseInfo
 from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.phases import Phases
@@ -174,6 +176,7 @@ def train(
             record["val_error"] = (
                 None if answers is None else training.error_rate(answers, data.validation_labels)
             )
+            record["radius"] = _radius(params, spec, data)
             record["warnings"] = health.complaints(record, spec, config)
             record["seconds"] = sum(piece["seconds"] for piece in pieces)
             record["curve"] = {name: [p[name] for p in pieces] for name in ("loss", "error")}
@@ -186,7 +189,9 @@ def train(
             report(
                 epoch,
                 len(plan),
-                _describe(record) + _shown("  val", record["val_error"], " %"),
+                _describe(record)
+                + _shown("  val ", record["val_error"], " %")
+                + _shown("  radius ", (record["radius"] or {}).get("largest"), spec=".2f"),
             )
             for kind in record["warnings"].keys() - warned:
                 console.print(f"warning: {record['warnings'][kind]}", style="yellow")
@@ -371,7 +376,7 @@ def _record(mean: StepMetrics, spec: NetworkSpec) -> Record:
     record = {
         "loss": mean.loss,
         "error": mean.error,
-        "residual": mean.free.residual,
+        **_settled(mean.free, ""),
         "moving": mean.free.moving,
         "spikes_free": spikes_per_neuron(spec, mean.free.spikes),
         "spikes_nudged": 0.0,
@@ -381,23 +386,76 @@ def _record(mean: StepMetrics, spec: NetworkSpec) -> Record:
         "params_norm": list(mean.params_norm),
     }
     if mean.nudged is not None:
-        record["residual_nudged"] = mean.nudged.residual
+        record |= _settled(mean.nudged, "_nudged")
         record["activity_nudged"] = list(mean.nudged.activity)
         record["spikes_nudged"] = spikes_per_neuron(spec, mean.nudged.spikes)
         record["spikes_nudged_per_layer"] = list(mean.nudged.spikes)
+    if mean.limited is not None:
+        record["limited"] = mean.limited
+    if mean.links is not None:
+        record["link_norms"] = list(mean.links.norms)
+        record["links_capped"] = mean.links.capped
     return record
 
 
-def _shown(name: str, value: float | None, unit: str = "") -> str:
-    return "" if value is None else f"{name} {value:.3g}{unit}"
+def _settled(info: PhaseInfo, suffix: str) -> Record:
+    """How well a phase settled: largest residual of a batch, its mean, share of unsettled images.
+
+    ``residuals`` is the largest of each layer.
+    """
+    return {
+        f"residual{suffix}": info.residual,
+        f"residuals{suffix}": list(info.residuals),
+        f"mean_residual{suffix}": info.mean_residual,
+        f"unsettled{suffix}": info.unsettled,
+    }
+
+
+RADIUS_IMAGES = 16
+"""Validation images on which the spectral radius is looked at after each epoch."""
+
+
+def _radius(params: Params, spec: NetworkSpec, data: Dataset) -> Record | None:
+    """Spectral radius of some validation images, and the share whose state depends on the start.
+
+    ``None`` without validation images.
+    """
+    if not len(data.validation_images):
+        return None
+    xs = jnp.asarray(to_float(data.validation_images[:RADIUS_IMAGES]))
+    found = _contractivity(params, spec, xs)
+    return {
+        "mean": float(found.radius.mean()),
+        "largest": float(found.radius.max()),
+        "ambiguous": float((found.disagreement > AMBIGUOUS).mean()),
+        "images": len(xs),
+    }
+
+
+_contractivity = jax.jit(
+    functools.partial(contractivity, starts=1), static_argnames=("spec", "phases")
+)
+
+
+def _shown(name: str, value: float | None, unit: str = "", spec: str = ".3g") -> str:
+    return "" if value is None else f"{name}{value:{spec}}{unit}"
 
 
 def _describe(record: Record) -> str:
     return (
         f"loss {record['loss']:.4f}  error {record['error']:.2f} %  "
-        f"residual {record['residual']:.1e}  moving {100 * record['moving']:.1f} %  "
-        f"spikes {record['spikes_free']:.2f}+{record['spikes_nudged']:.2f}"
+        f"residual {record['mean_residual']:.1e}"
+        + _shown("+", record.get("mean_residual_nudged"), spec=".1e")
+        + f"  unsettled {100 * record['unsettled']:.1f}"
+        + _shown("+", _percent(record.get("unsettled_nudged")), spec=".1f")
+        + f" %  spikes {record['spikes_free']:.2f}+{record['spikes_nudged']:.2f}"
+        + _shown("  capped ", record.get("links_capped"), " links", ".1f")
+        + _shown("  limited ", _percent(record.get("limited")), " %", ".1f")
     )
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 Report = Callable[[int, int, str], None]

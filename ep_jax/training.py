@@ -23,6 +23,7 @@ from ep_jax.data import to_float
 from ep_jax.dynamics import Absolute, PhaseInfo, mean_info, settle_batch
 from ep_jax.gradients.equilibrium import ep_gradient
 from ep_jax.network import NetworkSpec, Params
+from ep_jax.optimizers import norms_of
 from ep_jax.phases import Phases, check_phases
 
 Gradient: TypeAlias = Callable[..., tuple[Params, Any]]
@@ -43,6 +44,24 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
+class Links(NamedTuple):
+    """The links between the layers, where their norms are capped.
+
+    Attributes:
+        norms: operator norm of each link, ``[L - 1]``.
+        capped: how many of them were scaled down.
+    """
+
+    norms: tuple[jax.Array, ...]
+    capped: jax.Array
+
+
+def links_of(opt_state: optax.OptState) -> Links | None:
+    """What an optimiser's state tells of capped links; ``None`` where nothing is capped."""
+    found = norms_of(opt_state)
+    return None if found is None else Links(tuple(found.norms), found.capped)
+
+
 class StepMetrics(NamedTuple):
     """What one optimisation step (or, averaged, several) tells about itself.
 
@@ -51,8 +70,10 @@ class StepMetrics(NamedTuple):
         error: share of wrong answers in the batch, in per cent.
         gradient_norm: tuple over layers of the gradients' norms.
         params_norm: tuple over layers of the norms of the parameters after the step.
-        free: mean `PhaseInfo` of the free phases.
-        nudged: mean `PhaseInfo` of the nudged phases; ``None`` for a gradient without them.
+        free: `PhaseInfo` of the free phases: the largest residuals of the batch, else means.
+        nudged: that of the nudged phases; ``None`` for a gradient without them.
+        limited: share of the examples whose displacement was limited; ``None`` without a limit.
+        links: norms of the links and how many of them the cap held; ``None`` without a cap.
     """
 
     loss: jax.Array
@@ -61,6 +82,8 @@ class StepMetrics(NamedTuple):
     params_norm: tuple[jax.Array, ...]
     free: PhaseInfo
     nudged: PhaseInfo | None
+    limited: jax.Array | None = None
+    links: Links | None = None
 
 
 def make_optimizer(
@@ -259,6 +282,8 @@ def make_train_steps(
             params_norm=tuple(map(optax.tree.norm, params)),
             free=info.free,
             nudged=info.nudged,
+            limited=info.limited,
+            links=links_of(opt_state),
         )
         return TrainState(params, opt_state, state.step + 1), metrics
 
