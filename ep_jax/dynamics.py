@@ -313,7 +313,9 @@ class Displacement:
         """See `Coordinates`."""
         return self._step(l, s, self._total(l, s, current), epsilon)
 
-    def _step(self, l: int, d: jax.Array, total: jax.Array, epsilon: jax.Array | float) -> jax.Array:
+    def _step(
+        self, l: int, d: jax.Array, total: jax.Array, epsilon: jax.Array | float
+    ) -> jax.Array:
         # Tied to what changes, so that XLA makes what sigma needs of the base anew in each sweep:
         # that is cheaper than keeping it.
         total, base_current = jax.lax.optimization_barrier((total, self._base.currents[l]))

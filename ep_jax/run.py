@@ -44,6 +44,7 @@ from ep_jax.data import Dataset, load, to_float
 from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
 from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec, Params
+from ep_jax.optimizers import make_optimizer
 from ep_jax.phases import Phases
 from ep_jax.presets import Config, spec_of
 from ep_jax.training import StepMetrics
@@ -256,12 +257,15 @@ def placements(devices: int) -> Placements:
 
 def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.GradientTransformation:
     """The optimiser of `config` for a training of so many steps."""
-    return training.make_optimizer(
-        config.learning_rate,
-        steps,
-        layer_rates=config.layer_rates or (1.0,) * len(spec.layers),
+    return make_optimizer(
+        spec,
+        getattr(config, config.optimizer),
+        learning_rate=config.learning_rate,
+        steps=steps,
+        layer_rates=config.layer_rates,
         weight_decay=config.weight_decay,
         warmup=config.warmup,
+        cap=config.cap,
     )
 
 
