@@ -1,7 +1,7 @@
 """Equilibrium Propagation for convolutional spiking convergent RNNs.
 
-The names a user needs; `ep_jax.data`, `ep_jax.spikes`, `ep_jax.training`, `ep_jax.pruning`,
-`ep_jax.presets`, `ep_jax.run` and `ep_jax.plots` are imported by name.
+The names a user needs; `ep_jax.data`, `ep_jax.spikes`, `ep_jax.optimizers`, `ep_jax.training`,
+`ep_jax.pruning`, `ep_jax.presets`, `ep_jax.run` and `ep_jax.plots` are imported by name.
 """
 
 from ep_jax import diagnostics

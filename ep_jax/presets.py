@@ -15,10 +15,12 @@ from ep_jax.gradients import GRADIENTS
 from ep_jax.layers import Conv, Dense, Layer
 from ep_jax.network import NetworkSpec
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
+from ep_jax.optimizers import SGD, AdamW, Muon
 from ep_jax.phases import Phases
 from ep_jax.training import Augmentation
 
 NEURONS = ("rate", "sigma_delta", "delta_code", "bernoulli", "integrate_fire")
+OPTIMIZERS = ("adamw", "muon", "sgd")
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,24 @@ class Config:
     """How the gradient is made: by EP, or by back-propagation through the free phase's sweeps
     (spikes: with the neuron's surrogate derivative) or implicit differentiation at its end."""
 
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """Optimiser; its own settings are below."""
+    adamw: AdamW = field(default_factory=AdamW)
+    """Settings of AdamW."""
+    muon: Muon = field(default_factory=Muon)
+    """Settings of Muon: momentum made orthogonal; biases by Adam."""
+    sgd: SGD = field(default_factory=SGD)
+    """Settings of gradient descent with momentum."""
     learning_rate: float = 2e-3
-    """Peak learning rate of AdamW; it decays to 0 along a cosine."""
+    """Peak learning rate; it decays to 0 along a cosine."""
     layer_rates: tuple[float, ...] = ()
     """Factor on the learning rate of each layer; empty: 1 for all."""
     warmup: float = 0.0
     """Share of the training during which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (not on biases)."""
+    """Weight decay (not on biases): decoupled, but with sgd part of the gradient."""
+    cap: float | None = None
+    """Largest norm of the links between layers; by default they are free."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """How the training images are varied."""
 
@@ -106,6 +118,7 @@ class Config:
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("neuron", self.neuron, NEURONS)
         check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("pool", self.pool, ("avg", "max", "none"))
         check_integer("seed", self.seed, at_least=0)
         for name in ("epochs", "batch", "steps_per_dispatch", "devices"):
@@ -118,6 +131,8 @@ class Config:
         check_number("feedback", self.feedback, above=0.0, at_most=1.0)
         for name in ("learning_rate", "gain"):
             check_number(name, getattr(self, name), above=0.0)
+        if self.cap is not None:
+            check_number("cap", self.cap, above=0.0)
         check_non_negative("weight_decay", self.weight_decay)
         check_non_negative("warmup", self.warmup, at_most=1.0)
         if len(self.channels) != len(self.kernels):

@@ -46,6 +46,7 @@ from ep_jax.diagnostics import AMBIGUOUS, contractivity, spikes_per_neuron, syna
 from ep_jax.dynamics import PhaseInfo
 from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec, Params
+from ep_jax.optimizers import make_optimizer
 from ep_jax.phases import Phases
 from ep_jax.presets import Config, spec_of
 from ep_jax.training import StepMetrics
@@ -261,12 +262,15 @@ def placements(devices: int) -> Placements:
 
 def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.GradientTransformation:
     """The optimiser of `config` for a training of so many steps."""
-    return training.make_optimizer(
-        config.learning_rate,
-        steps,
-        layer_rates=config.layer_rates or (1.0,) * len(spec.layers),
+    return make_optimizer(
+        spec,
+        getattr(config, config.optimizer),
+        learning_rate=config.learning_rate,
+        steps=steps,
+        layer_rates=config.layer_rates,
         weight_decay=config.weight_decay,
         warmup=config.warmup,
+        cap=config.cap,
     )
 
 

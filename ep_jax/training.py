@@ -1,4 +1,4 @@
-"""Training: optimiser, augmentation, several steps a dispatch, evaluation. Pure functions.
+"""Training: augmentation, several steps a dispatch, evaluation. Pure functions.
 
 Data lie on the device as uint8; a dispatch gets the indices of its batches and scans over them, so
 nothing but indices and metrics crosses the boundary.
@@ -7,7 +7,7 @@ nothing but indices and metrics crosses the boundary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from ep_jax import network
-from ep_jax.checks import check_integer, check_non_negative, check_number
+from ep_jax.checks import check_integer, check_non_negative
 from ep_jax.costs import read_out
 from ep_jax.data import to_float
 from ep_jax.dynamics import Absolute, PhaseInfo, mean_info, settle_batch
@@ -84,57 +84,6 @@ class StepMetrics(NamedTuple):
     nudged: PhaseInfo | None
     limited: jax.Array | None = None
     links: Links | None = None
-
-
-def make_optimizer(
-    learning_rate: float,
-    steps: int,
-    *,
-    layer_rates: Sequence[float],
-    weight_decay: float = 0.0,
-    warmup: float = 0.0,
-) -> optax.GradientTransformation:
-    """AdamW with a learning rate per layer and a cosine schedule over `steps` that ends at 0.
-
-    Args:
-        learning_rate: peak learning rate.
-        steps: number of optimisation steps of the whole training.
-        layer_rates: factor on the learning rate for each layer, from the lowest up.
-        weight_decay: decoupled weight decay, on weights and not on biases.
-        warmup: share of the steps during which the rate rises linearly from 0.
-
-    Example:
-        >>> optimizer = make_optimizer(1e-3, 100, layer_rates=(1.0, 0.5))
-    """
-    check_number("learning_rate", learning_rate, above=0.0)
-    check_integer("steps", steps, at_least=1)
-    check_non_negative("weight_decay", weight_decay)
-    check_non_negative("warmup", warmup, at_most=1.0)
-    for rate in layer_rates:
-        check_non_negative("layer_rates", rate)
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else learning_rate,
-        peak_value=learning_rate,
-        warmup_steps=round(warmup * steps),
-        decay_steps=steps,
-    )
-
-    def is_weight(params: Params) -> Any:
-        return tuple({"w": True, "b": False} for _ in params)
-
-    def scale_layers(updates: Any, _: Any) -> Any:
-        scaled = [
-            jax.tree.map(lambda u, rate=rate: rate * u, layer)
-            for rate, layer in zip(layer_rates, updates, strict=True)
-        ]
-        return tuple(scaled)
-
-    return optax.chain(
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(weight_decay, mask=is_weight),
-        optax.stateless(scale_layers),
-        optax.scale_by_learning_rate(schedule),
-    )
 
 
 def init_train_state(

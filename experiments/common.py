@@ -17,6 +17,7 @@ import ep_jax as ep
 from ep_jax import diagnostics, training
 from ep_jax.data import Dataset, to_float
 from ep_jax.diagnostics import Agreement
+from ep_jax.optimizers import AdamW, make_optimizer
 
 STATIC = ("spec", "phases")
 
@@ -35,11 +36,8 @@ def learn(
     seed: int = 0,
 ) -> tuple[ep.Params, training.StepMetrics]:
     """Train from scratch in one dispatch; the seed decides weights and order of the images."""
-    optimizer = training.make_optimizer(
-        learning_rate,
-        steps,
-        layer_rates=(1.0,) * len(spec.layers),
-        weight_decay=weight_decay,
+    optimizer = make_optimizer(
+        spec, AdamW(), learning_rate=learning_rate, steps=steps, weight_decay=weight_decay
     )
     init_key, step_key = jax.random.split(jax.random.key(seed))
     state = training.init_train_state(init_key, spec, optimizer, gain)

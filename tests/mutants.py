@@ -228,12 +228,10 @@ MUTANTS: dict[str, Mutant] = {
         "mean + (s - mean) / (over.astype(s.dtype) + 2), s)", NEU),
     # Training.
     "decay_rate": Mutant(
-        "weights decay without the learning rate of their layer", "training.py",
-        "        optax.add_decayed_weights(weight_decay, mask=is_weight),\n"
-        "        optax.stateless(scale_layers),\n",
-        "        optax.stateless(scale_layers),\n"
-        "        optax.add_decayed_weights(weight_decay, mask=is_weight),\n",
-        "test_training.py"),
+        "weights decay without the learning rate of their layer", "optimizers.py",
+        "        *direction,\n        optax.stateless(scale_layers),\n",
+        "        direction[0],\n        optax.stateless(scale_layers),\n        *direction[1:],\n",
+        "test_optimizers.py"),
     "augment_key": Mutant(
         "every step varies its images alike", "training.py",
         "jax.random.split(jax.random.fold_in(key, state.step))", "jax.random.split(key)",

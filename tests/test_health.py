@@ -12,6 +12,7 @@ import pytest
 
 import ep_jax as ep
 from ep_jax import health, training
+from ep_jax.optimizers import AdamW, make_optimizer
 from ep_jax.presets import PRESETS
 
 LAYERS = (ep.Dense(5), ep.Dense(4), ep.Dense(3))
@@ -22,7 +23,7 @@ CONFIG = replace(PRESETS["digits"], channels=(), kernels=(), hidden=(5, 4), phas
 
 def dispatch(params: Any, phases: ep.Phases = PHASES, learning_rate: float = 1e-3) -> Any:
     """Metrics of four steps from `params`."""
-    optimizer = training.make_optimizer(learning_rate, 4, layer_rates=(1.0,) * 3)
+    optimizer = make_optimizer(SPEC, AdamW(), learning_rate=learning_rate, steps=4)
     state = training.TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     images = np.random.default_rng(0).integers(0, 256, (8, 6), np.uint8)
     batches = np.arange(32, dtype=np.int32).reshape(4, 8) % 8

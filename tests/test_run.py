@@ -26,6 +26,7 @@ from ep_jax import plots, run, training
 from ep_jax.data import load, to_float
 from ep_jax.gradients import GRADIENTS
 from ep_jax.health import DivergedError
+from ep_jax.optimizers import link_norms
 from ep_jax.presets import PRESETS, Config, spec_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,6 +209,21 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert not (tmp_path / "out" / "result.json").exists()
     train(TINY, tmp_path / "out", resume=True)
     assert same_as(finished, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_run_with_muon_and_a_cap_learns_resumes_and_keeps_to_it(tmp_path: Path) -> None:
+    """The state of this optimiser is another one; its links stay at the cap."""
+    config = dataclasses.replace(TINY, optimizer="muon", learning_rate=0.05, cap=0.8)
+    train(config, tmp_path / "out")
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["loss"] < json.loads(lines[0])["loss"]
+    params, spec, _ = ep.load_weights(tmp_path / "out")
+    norms = link_norms(params, spec)
+    np.testing.assert_allclose(norms, 0.8, rtol=0.02)
+    train(config, tmp_path / "out", resume=True)  # from the last checkpoint: nothing to do
+    again, _, _ = ep.load_weights(tmp_path / "out")
+    chex.assert_trees_all_equal(again, params)
 
 
 def same_as(finished: Path, resumed: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Optimiser, augmentation, dispatches and evaluation."""
+"""Augmentation, dispatches and evaluation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import ep_jax as ep
 from ep_jax import training
 from ep_jax.data import to_float
+from ep_jax.optimizers import AdamW, make_optimizer
 from ep_jax.training import Augmentation
 
 SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(3)), neuron=ep.DeltaCode(), feedback=0.5)
@@ -45,32 +46,6 @@ def test_an_epoch_holds_every_example_and_equal_dispatches() -> None:
     # 13 steps are needed; 3 dispatches of 5 are the fewest that hold them.
     assert batches.shape == (3, 5, 8)
     assert len(set(batches.ravel()[:103].tolist())) == 103  # no example comes twice before the end
-
-
-def test_learning_rate_per_layer_and_schedule() -> None:
-    """Adam's first step is the learning rate times the sign; the cosine ends at 0."""
-    params = ({"w": jnp.ones(3), "b": jnp.ones(1)}, {"w": jnp.ones(2), "b": jnp.ones(1)})
-    grads: ep.Params = jax.tree.map(lambda p: 7.0 * p, params)
-    optimizer = training.make_optimizer(0.01, 10, layer_rates=(1.0, 0.25))
-    state = optimizer.init(params)
-    first, state = update(optimizer, grads, state, params)
-    np.testing.assert_allclose(first[0]["w"], -0.01, rtol=1e-5)
-    np.testing.assert_allclose(first[1]["b"], -0.0025, rtol=1e-5)
-    for _ in range(9):
-        _, state = update(optimizer, grads, state, params)
-    last, _ = update(optimizer, grads, state, params)
-    assert float(jnp.abs(last[0]["w"]).max()) == 0.0
-
-
-def test_weight_decay_spares_biases_and_follows_the_rate_of_the_layer() -> None:
-    """With no gradient AdamW moves weights by -rate * decay * w and nothing else."""
-    params = ({"w": jnp.full(3, 2.0), "b": jnp.full(1, 2.0)},) * 2
-    optimizer = training.make_optimizer(0.01, 10, layer_rates=(1.0, 0.25), weight_decay=0.1)
-    nothing = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = update(optimizer, nothing, optimizer.init(params), params)
-    for layer, rate in zip(updates, (0.01, 0.0025), strict=True):
-        np.testing.assert_allclose(layer["w"], -rate * 0.1 * 2.0, rtol=1e-6)
-        np.testing.assert_allclose(layer["b"], 0.0)
 
 
 def test_shifts_stay_in_bounds_and_keep_the_picture() -> None:
@@ -185,7 +160,7 @@ def test_images_are_varied_each_on_its_own_and_deformations_keep_a_blank_one_bla
 def test_many_steps_in_one_dispatch_are_the_same_steps() -> None:
     """A scan over batches is a loop over batches: same order, keys and optimiser state."""
     images, labels = images_and_labels()
-    optimizer = training.make_optimizer(0.01, 6, layer_rates=(1.0, 1.0))
+    optimizer = make_optimizer(SPEC, AdamW(), learning_rate=0.01, steps=6)
     varied = Augmentation(shift=1, rotate=10.0, flip=True, erase=2)
     steps = jax.jit(training.make_train_steps(SPEC, PHASES, optimizer, augmentation=varied))
     key = jax.random.key(3)
@@ -212,7 +187,7 @@ def test_every_step_draws_its_own_numbers(drawn: str) -> None:
         saw = jnp.mean(xs[:, :3]) if drawn == "images" else jax.random.uniform(key)
         return grads, info._replace(cost=saw)
 
-    optimizer = training.make_optimizer(0.01, 5, layer_rates=(1.0, 1.0))
+    optimizer = make_optimizer(SPEC, AdamW(), learning_rate=0.01, steps=5)
     start = training.init_train_state(jax.random.key(0), SPEC, optimizer)
     steps = training.make_train_steps(
         SPEC, PHASES, optimizer, augmentation=Augmentation(erase=3), gradient=seen
@@ -225,7 +200,7 @@ def test_every_step_draws_its_own_numbers(drawn: str) -> None:
 def test_a_training_step_follows_the_gradient_of_the_library() -> None:
     """One step without augmentation is the optimiser's update with ep_gradient's gradient."""
     images, labels = images_and_labels(4)
-    optimizer = training.make_optimizer(0.01, 5, layer_rates=(1.0, 1.0))
+    optimizer = make_optimizer(SPEC, AdamW(), learning_rate=0.01, steps=5)
     state = training.init_train_state(jax.random.key(0), SPEC, optimizer)
     steps = jax.jit(training.make_train_steps(SPEC, PHASES, optimizer))
     after, metrics = steps(state, images, labels, jnp.arange(4)[None], jax.random.key(1))

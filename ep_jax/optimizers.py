@@ -1,0 +1,414 @@
+"""Optimisers, and a cap on the links between layers that keeps the network a contraction.
+
+`make_optimizer` chains a direction (`AdamW`, `Muon` or `SGD`), the decay of weights, factors of the
+layers, a cosine schedule and, where asked for, `cap_links`.
+
+**What the cap is for.** Training drives the loop gain of a recurrent network up, and what is no
+contraction settles late or never. `link_norms` measures the links, `radius_bound` is what they
+prove, and `cap_links` holds them where it proves a contraction.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ep_jax import layers as ops
+from ep_jax import network
+from ep_jax.checks import check_float_array, check_integer, check_non_negative, check_number
+from ep_jax.layers import Layer, Shape
+from ep_jax.network import NetworkSpec, Params
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam (Kingma & Ba, ICLR 2015) with decoupled weight decay (Loshchilov & Hutter, ICLR 2019).
+
+    Without decay each weight moves by about the learning rate a step.
+    """
+
+    b1: float = 0.9
+    """Decay of the mean of the gradients."""
+    b2: float = 0.999
+    """Decay of the mean of their squares."""
+
+    def __post_init__(self) -> None:
+        _check_decay("AdamW.b1", self.b1)
+        _check_decay("AdamW.b2", self.b2)
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Momentum whose singular values are all made one (Jordan et al., 2024); biases by Adam.
+
+    The weights of a layer are one matrix, a convolution's ``[k * k * in, out]``, and a step moves
+    them by the learning rate times `orthogonalize` of their momentum. So without decay the operator
+    norm of that matrix grows by about the learning rate a step at most. The norm of a convolution's
+    drive grows by up to ``k`` times as much, half of that with the average pool. There is no factor
+    for the matrix's shape: that of ``optax.contrib.muon``, ``sqrt(max(1, out / in))``, is left out.
+    """
+
+    momentum: float = 0.95
+    """Decay of the momentum."""
+    nesterov: bool = True
+    """Look ahead: add the gradient to the decayed momentum once more."""
+    ns_steps: int = 5
+    """Newton-Schulz steps that make the singular values one."""
+    bias_rate: float = 1e-3
+    """Peak learning rate of the biases; it follows the schedule and the layers' factors."""
+
+    def __post_init__(self) -> None:
+        _check_decay("Muon.momentum", self.momentum)
+        check_integer("Muon.ns_steps", self.ns_steps, at_least=1)
+        check_non_negative("Muon.bias_rate", self.bias_rate)
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Gradient descent with momentum; weight decay is part of the gradient (L2 regularisation)."""
+
+    momentum: float = 0.9
+    """Decay of the momentum; 0 is plain gradient descent."""
+    nesterov: bool = False
+    """Look ahead: add the gradient to the decayed momentum once more."""
+
+    def __post_init__(self) -> None:
+        _check_decay("SGD.momentum", self.momentum)
+
+
+Settings: TypeAlias = AdamW | Muon | SGD
+"""Any of the optimisers."""
+
+
+def _check_decay(name: str, value: Any) -> None:
+    check_non_negative(name, value, at_most=1.0)
+    if value == 1:
+        raise ValueError(f"{name} is {value}; expected a number below 1")
+
+
+def make_optimizer(
+    spec: NetworkSpec,
+    settings: Settings,
+    *,
+    learning_rate: float,
+    steps: int,
+    layer_rates: Sequence[float] = (),
+    weight_decay: float = 0.0,
+    warmup: float = 0.0,
+    cap: float | None = None,
+) -> optax.GradientTransformation:
+    """An optimiser with a cosine schedule over `steps` that ends at 0.
+
+    Args:
+        spec: the network.
+        settings: `AdamW`, `Muon` or `SGD`.
+        learning_rate: peak learning rate.
+        steps: number of optimisation steps of the whole training.
+        layer_rates: factor on the learning rate for each layer, from the lowest up; empty: 1.
+        weight_decay: on weights and not on biases. A step takes learning rate times decay times the
+            weight off (`AdamW`, `Muon`), or adds decay times the weight to the gradient (`SGD`).
+        warmup: share of the steps during which the rate rises linearly from 0.
+        cap: what `cap_links` holds the norms of the links at; ``None``: no cap.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> spec = NetworkSpec((8, 8, 1), (network.Conv(4, 3), network.Dense(10)))
+        >>> optimizer = make_optimizer(spec, Muon(), learning_rate=0.02, steps=100, cap=0.9)
+    """
+    check_number("learning_rate", learning_rate, above=0.0)
+    check_integer("steps", steps, at_least=1)
+    check_non_negative("weight_decay", weight_decay)
+    check_non_negative("warmup", warmup, at_most=1.0)
+    depth = len(spec.layers)
+    if len(layer_rates) not in (0, depth):
+        raise ValueError(f"layer_rates is {tuple(layer_rates)}; expected a factor for each of the "
+                         f"{depth} layers, or none")  # fmt: skip
+    for rate in layer_rates:
+        check_non_negative("layer_rates", rate)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else learning_rate,
+        peak_value=learning_rate,
+        warmup_steps=round(warmup * steps),
+        decay_steps=steps,
+    )
+    decay = optax.add_decayed_weights(weight_decay, mask=({"w": True, "b": False},) * depth)
+    bias_factor = 1.0
+    match settings:
+        case AdamW():
+            direction = (optax.scale_by_adam(settings.b1, settings.b2), decay)
+        case SGD():
+            direction = (decay, optax.trace(settings.momentum, settings.nesterov))
+        case Muon():
+            direction = (_muon(settings, depth), decay)
+            bias_factor = settings.bias_rate / learning_rate
+        case _:
+            raise TypeError(f"settings is {settings!r}; expected AdamW, Muon or SGD of "
+                            "ep_jax.optimizers")  # fmt: skip
+    factors = tuple({"w": r, "b": r * bias_factor} for r in layer_rates or (1.0,) * depth)
+
+    def scale_layers(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda factor, update: factor * update, factors, updates)
+
+    return optax.chain(
+        *direction,
+        optax.stateless(scale_layers),
+        optax.scale_by_learning_rate(schedule),
+        *(() if cap is None else (cap_links(spec, cap),)),
+    )
+
+
+def _muon(settings: Muon, depth: int) -> optax.GradientTransformation:
+    """The directions of Muon: orthogonal matrices for the weights, Adam's for the biases."""
+
+    def straighten(w: jax.Array) -> jax.Array:
+        return orthogonalize(w.reshape(-1, w.shape[-1]), settings.ns_steps).reshape(w.shape)
+
+    weights = optax.chain(
+        optax.trace(settings.momentum, settings.nesterov),
+        optax.stateless(lambda updates, _: jax.tree.map(straighten, updates)),
+    )
+    return optax.partition(
+        {"weights": weights, "biases": optax.scale_by_adam()},
+        ({"w": "weights", "b": "biases"},) * depth,
+    )
+
+
+def orthogonalize(matrix: jax.Array, steps: int = 5) -> jax.Array:
+    """A matrix with its singular vectors, and about one for each singular value.
+
+    Newton-Schulz steps ``X <- X (a + b G + c G^2)`` with ``G = X^T X`` and the coefficients of
+    Jordan et al. (2024), as in ``optax.contrib``. Five of them bring what is above .0015 of the
+    Frobenius norm to between .68 and 1.21, and what is less to less; nothing above. All factors
+    commute, so the steps are made on the small Gram matrix alone, and only the first and the last
+    product are of the matrix's own size: four times as fast for ``[3136, 256]``. This squares the
+    condition number. A ridge of one rounding unit keeps what is lost in rounding positive, which
+    the steps would otherwise blow up; in single precision the error of five steps is below .005.
+
+    Args:
+        matrix: ``[m, n]``; zeros stay zeros.
+        steps: number of steps.
+
+    Returns:
+        An array ``[m, n]``.
+
+    Example:
+        >>> singular = jnp.linalg.svd(orthogonalize(jnp.diag(jnp.array([9.0, 1.0]))))[1]
+        >>> bool((singular > 0.68).all() and (singular < 1.21).all())
+        True
+    """
+    check_integer("steps", steps, at_least=1)
+    if matrix.shape[0] < matrix.shape[1]:
+        return orthogonalize(matrix.T, steps).T
+    a, b, c = 3.4445, -4.7750, 2.0315
+    info = jnp.finfo(matrix.dtype)
+    unit = jnp.eye(matrix.shape[1], dtype=matrix.dtype)
+    with jax.default_matmul_precision("highest"):  # an accelerator would round more than the ridge
+        gram = matrix.T @ matrix
+        square = jnp.trace(gram) + float(info.tiny)  # of the Frobenius norm
+        gram = gram / square + float(info.eps) * unit
+        product = jax.lax.rsqrt(square) * unit
+        for _ in range(steps):
+            factor = a * unit + b * gram + c * (gram @ gram)
+            product = product @ factor
+            gram = factor @ gram @ factor
+        return matrix @ product
+
+
+class CapState(NamedTuple):
+    """State of `cap_links`; the links are those of layers ``1 ... L - 1`` (0-based).
+
+    Attributes:
+        vectors: the power iteration's unit vector of each link, in the packed layout of the state
+            below it.
+        norms: latest norm of each link, after the cap, ``[L - 1]``.
+        capped: how many links the last step scaled down, int32.
+    """
+
+    vectors: tuple[jax.Array, ...]
+    norms: jax.Array
+    capped: jax.Array
+
+
+def cap_links(spec: NetworkSpec, cap: float, iterations: int = 1) -> optax.GradientTransformation:
+    """Scale the weights of a link down where a step takes its norm above `cap`.
+
+    It comes last in a chain and looks at ``params + updates``. A link's norm is the operator norm
+    of the bias-free drive of a layer by the layer below; the first layer, which the input drives,
+    and a read-out outside the dynamics are no part of the loop and stay as they are. A max pool is
+    not linear, but 1-Lipschitz: its link is held by the norm of the convolution before it.
+
+    The norm comes from a power iteration that goes on where the step before left it. It is an
+    estimate from below, and close, for weights change little in a step: in trials with `AdamW` at
+    .002 and `Muon` at .02 the norm was up to 2 % above the cap (5 % with `AdamW` at .02). Who wants
+    a bound keeps this margin, and looks at `link_norms` now and then.
+
+    Args:
+        spec: the network.
+        cap: the largest norm allowed.
+        iterations: drives and adjoints of one example a step.
+
+    Returns:
+        A transformation whose state is a `CapState`.
+
+    Example:
+        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
+        >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
+        >>> capped = cap_links(spec, 0.5)
+        >>> updates, state = capped.update(params, capped.init(params), params)
+        >>> [(u["w"] + p["w"]).item() for u, p in zip(updates, params)]  # 2 is too much for a link
+        [2.0, 0.5]
+        >>> state.capped.item()
+        1
+    """
+    check_number("cap", cap, above=0.0)
+    check_integer("iterations", iterations, at_least=1)
+
+    def init(params: Any) -> CapState:
+        vectors, norms = _measure(params, spec, _start(params, spec), 20)
+        return CapState(vectors, norms, jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, CapState]:
+        if params is None:
+            raise ValueError("params is None; expected the parameters, which cap_links looks at")
+        moved = cast(Params, optax.apply_updates(params, updates))
+        vectors, norms = _measure(moved, spec, state.vectors, iterations)
+        above = norms > cap
+        factors = jnp.where(above, cap / norms, 1.0)
+        updates = list(updates)
+        for l, factor in enumerate(factors, 1):
+            change = factor * updates[l]["w"] + (factor - 1) * params[l]["w"]
+            updates[l] = {**updates[l], "w": change}
+        return tuple(updates), CapState(vectors, factors * norms, above.sum(dtype=jnp.int32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def link_norms(params: Params, spec: NetworkSpec, iterations: int = 100) -> jax.Array:
+    """The norms of the links between the layers inside the dynamics, ``[L - 1]``.
+
+    The operator norm of each bias-free drive by the layer below, as `cap_links` means it, from a
+    power iteration that starts anew: it approaches the norm from below.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        iterations: drives and adjoints of one example.
+
+    Example:
+        >>> spec = NetworkSpec((1,), (network.Dense(2), network.Dense(2)))
+        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params[1]["w"] = jnp.array([[0.0, 3.0], [0.5, 0.0]])
+        >>> link_norms(params, spec).tolist()
+        [3.0]
+    """
+    network.check_params(spec, params)
+    check_integer("iterations", iterations, at_least=1)
+    return _measure(params, spec, _start(params, spec), iterations)[1]
+
+
+def radius_bound(norms: jax.Array, feedback: float) -> jax.Array:
+    """What the norms of the links prove: no spectral radius of the relaxation is larger.
+
+    The largest eigenvalue of the symmetric tridiagonal matrix ``N [L, L]`` with ``sqrt(feedback) *
+    norms`` beside its diagonal of zeros; ``2 c cos(pi / (L + 1))`` where all these are ``c``.
+
+    If the bound ``r`` is below 1, the activation's slope is at most 1 and no pool takes a maximum:
+
+    1. In ``z_l = alpha^((l - L) / 2) s_l`` the currents are ``S z`` plus a constant, with symmetric
+       ``S`` of blocks ``sqrt(alpha) A_l``, so ``|S| <= |N| = r`` and the Jacobian's radius too.
+    2. The energy's Hessian is ``I - S >= 1 - r > 0``: it is strongly convex on the box.
+    3. ``N`` has a positive eigenvector ``u`` (Perron). Two states of one input whose layers differ
+       by ``d_m`` differ, once layer ``l`` is updated, there by at most ``sum_m N_lm |d_m|``, and
+       ``sum_m N_lm |d_m| <= r u_l max_m |d_m| / u_m``.
+    4. So each update of a layer brings its ``|d_l| / u_l`` to at most ``r`` times the largest one:
+       whatever their order, sweeps without over-relaxation converge, and all to one fixed point.
+
+    A max pool breaks the proof, since its feedback jumps as another unit wins; for it the bound
+    holds for the Jacobian at a state only. Winston & Kolter (NeurIPS 2020, arXiv:2006.08591) have
+    the like for equilibrium networks by monotone operators.
+
+    Args:
+        norms: norms of the links, ``[L - 1]``, as from `link_norms`.
+        feedback: the feedback strength alpha in (0, 1].
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> round(float(radius_bound(jnp.array([1.0, 1.0]), feedback=0.25)), 4)  # cos(pi / 4)
+        0.7071
+    """
+    check_float_array("norms", norms, ("L - 1",))
+    check_number("feedback", feedback, above=0.0, at_most=1.0)
+    beside = jnp.sqrt(jnp.asarray(feedback, norms.dtype)) * norms
+    return jnp.linalg.eigvalsh(jnp.diag(beside, 1) + jnp.diag(beside, -1))[-1]
+
+
+def norms_of(opt_state: optax.OptState) -> CapState | None:
+    """The `CapState` in an optimiser's state; ``None`` where nothing is capped.
+
+    Example:
+        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
+        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> optimizer = make_optimizer(spec, SGD(), learning_rate=0.1, steps=9, cap=0.9)
+        >>> norms_of(optimizer.init(params)).norms.shape
+        (1,)
+    """
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda part: isinstance(part, CapState))
+    return next((part for part in parts if isinstance(part, CapState)), None)
+
+
+def _start(params: Params, spec: NetworkSpec) -> tuple[jax.Array, ...]:
+    """Random vectors for `_measure`."""
+    states = tuple(
+        jax.random.normal(jax.random.fold_in(jax.random.key(0), l), shape, params[0]["w"].dtype)
+        for l, shape in enumerate(spec.state_shapes)
+    )
+    return network.pack(spec, states)[:-1]
+
+
+def _measure(
+    params: Params, spec: NetworkSpec, vectors: tuple[jax.Array, ...], iterations: int
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Vectors and norms of the links, ``[L - 1]``, after a power iteration from `vectors`."""
+    measured = []
+    for l, vector in enumerate(vectors, 1):
+        layer, below = spec.layers[l], spec.shapes[l]
+        step = functools.partial(_stretch, layer, below, ops.kernel(layer, below, params[l]["w"]))
+        start = (vector, jnp.zeros((), vector.dtype))
+        measured.append(
+            jax.lax.fori_loop(0, iterations, lambda _, found, step=step: step(found[0]), start)
+        )
+    norms = jnp.array([norm for _, norm in measured], params[0]["w"].dtype)
+    return tuple(vector for vector, _ in measured), norms
+
+
+def _stretch(
+    layer: Layer, below: Shape, matrix: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One step of the power iteration with ``A^T A``: the next unit vector and the norm so far.
+
+    Of the estimates that ``A v`` and ``A^T A v`` allow, ``|A^T A v| / |A v|`` is the largest, and
+    the norm is no smaller.
+    """
+    with jax.default_matmul_precision("highest"):
+        there = ops.convolve(layer, below, matrix, v)
+        back = there
+        if network.is_linear(layer):
+            there = ops.pool(layer, there)
+            back = ops.unpool(layer, there, None)
+        back = ops.adjoint(layer, below, matrix, back)
+    out, size = jnp.linalg.norm(there), jnp.linalg.norm(back)
+    moves = (out > 0) & (size > 0)  # else weights are 0, or all that is left has underflowed
+    return (
+        jnp.where(moves, back / jnp.where(moves, size, 1.0), v),
+        jnp.where(moves, size / jnp.where(moves, out, 1.0), 0.0),
+    )
