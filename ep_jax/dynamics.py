@@ -35,7 +35,7 @@ from ep_jax.neurons import ACTIVATIONS, Activation, Clock, relax, relax_displace
 from ep_jax.phases import Phases, Update, check_beta, check_nudge, check_phases, plan
 
 MOVING = 1e-3
-"""A unit counts as moving when a sweep would change it by more than this."""
+"""A unit counts as moving when a sweep changes it by more than this."""
 UNSETTLED = 1e-2
 """An example counts as unsettled when its relative residual is larger than this."""
 CHECK = 4
@@ -50,8 +50,8 @@ class Snapshot(NamedTuple):
         state: tuple over layers of the analog states (in displacement coordinates: of ``D``).
         spikes: tuple over layers of the spikes emitted in this sweep; zeros for rate neurons.
         signals: tuple over layers of what goes through the weights.
-        residual: the relative residual of the read-out after this sweep (`PhaseInfo`). It costs a
-            sweep where a trace returns it, else nothing.
+        residual: ``|s_{t+1} - s_t|`` of this sweep, over all layers. A code that has stopped to
+            send has none, wherever it is: what tells of the fixed point is `PhaseInfo.residual`.
     """
 
     step: jax.Array
@@ -80,7 +80,7 @@ class PhaseInfo(NamedTuple):
         mean_residual: the mean of `residual` over a batch.
         unsettled: share of a batch whose `residual` is above `UNSETTLED`.
         sweeps: sweeps taken.
-        moving: fraction of units that one more sweep would change by more than `MOVING`.
+        moving: fraction of units that the last sweep changed by more than `MOVING`.
         spikes: tuple over layers of the spikes per neuron in the whole phase (0 for rate neurons).
         activity: tuple over layers of the mean ``|s|`` at the end (displacement coordinates:
             ``|D|``). Near 0 a layer is dead, at 1 a hard sigmoid is saturated; it is not finite
@@ -130,6 +130,7 @@ class Coordinates(Protocol):
         start: the packed state that the phase starts from.
         start_currents: what the layers receive there from each other.
         units: scale of the state in each layer, see `ep_jax.neurons.Clock`.
+        scales: what a unit of the state of each layer is in units of activity.
         error: the output's error, see `ep_jax.neurons.Clock`.
     """
 
@@ -139,6 +140,7 @@ class Coordinates(Protocol):
     start: State
     start_currents: State
     units: tuple[jax.Array | float, ...]
+    scales: tuple[jax.Array | float, ...]
     error: jax.Array | float
 
     def current(self, turn: Update, signals: State) -> jax.Array:
@@ -173,6 +175,7 @@ class Absolute:
 
     displaced = False
     units: tuple[jax.Array | float, ...]
+    scales: tuple[jax.Array | float, ...]
     error: jax.Array | float
 
     def __init__(
@@ -186,7 +189,8 @@ class Absolute:
         self._spec, self._links, self._nudge = spec, links, nudge
         self._external = (links.biases[0] + drive, *links.biases[1:])
         self.nudged, self.from_zero = nudge is not None, start is None
-        self.units, self.error = (1.0,) * spec.depth, 1.0
+        self.units = self.scales = (1.0,) * spec.depth
+        self.error = 1.0
         if start is None:
             shapes = spec.state_shapes
             start = network.pack(spec, tuple(jnp.zeros(s, drive.dtype) for s in shapes))
@@ -267,6 +271,7 @@ class Displacement:
 
     nudged, displaced, from_zero = True, True, True
     units: tuple[jax.Array | float, ...]
+    scales: tuple[jax.Array | float, ...]
     error: jax.Array | float
 
     def __init__(
@@ -279,7 +284,7 @@ class Displacement:
     ) -> None:
         self._spec, self._links, self._base = spec, links, base
         self._target, self._beta = target, beta
-        self._scales = displacement_units(spec, beta, base.state[-1].dtype)
+        self.scales = displacement_units(spec, beta, base.state[-1].dtype)
         self.start = self.start_currents = tuple(map(jnp.zeros_like, base.state))
         self.units = (1.0,) * spec.depth
         self.error = output_error(links, base.state[-1], target)
@@ -290,7 +295,7 @@ class Displacement:
         total = jnp.zeros_like(signals[l])
         if turn.below:
             moved = network.drive_difference(
-                spec, links, l, signals[l - 1], base.behind[l], self._scales[l - 1]
+                spec, links, l, signals[l - 1], base.behind[l], self.scales[l - 1]
             )
             total = total + spec.feedback * moved
         if turn.above:
@@ -301,7 +306,7 @@ class Displacement:
                 signals[l],
                 (signals[l + 1], base.state[l + 1]),
                 base.behind[l + 1],
-                (self._scales[l], self._scales[l + 1]),
+                (self.scales[l], self.scales[l + 1]),
             )
         return total
 
@@ -324,7 +329,7 @@ class Displacement:
         # that is cheaper than keeping it.
         total, base_current = jax.lax.optimization_barrier((total, self._base.currents[l]))
         activation = activation_of(self._spec, l)
-        return relax_displacement(activation, base_current, d, total, self._scales[l], epsilon)
+        return relax_displacement(activation, base_current, d, total, self.scales[l], epsilon)
 
     def swept(self, state: State) -> Swept:
         """See `Coordinates`."""
@@ -373,11 +378,13 @@ class Carry(NamedTuple):
     Attributes:
         t: number of sweeps done, int32. As a scanned input it would take memory for each sweep.
         states: a state of the neuron model for each layer.
+        moving: see `PhaseInfo`; measured in the last sweep alone, where it is known which that is.
         spikes: spikes per neuron up to now, for each layer.
     """
 
     t: jax.Array
     states: list[Any]
+    moving: jax.Array
     spikes: list[jax.Array]
 
 
@@ -446,6 +453,7 @@ def sweeps_of(
     done, length = 0, phases.sweeps(nudged)
     if resumed is not None:
         done, length = length, phases.more(nudged)
+    last, known = done + length - 1, phases.tolerance is None
     *opening, full = plan(spec, phases, nudged, coordinates.from_zero)
     in_place = phases.sweep != "synchronous"
     sizes = [s.size for s in coordinates.start]
@@ -480,7 +488,10 @@ def sweeps_of(
         dice = None if key is None else jax.random.fold_in(jax.random.fold_in(key, t), l)
         return neuron.step(state, incoming, step, clock, dice)
 
-    def sweep(updates: tuple[Update, ...], carry: Carry, _: None) -> tuple[Carry, Any]:
+    def sweep(
+        updates: tuple[Update, ...], number: int | None, carry: Carry, _: None
+    ) -> tuple[Carry, Any]:
+        """One sweep; its `number` where it is known before the program runs."""
         before = list(map(signal, carry.states))
         new, latest, spikes = list(carry.states), list(before), [zero] * depth
         updated: set[int] = set()
@@ -496,9 +507,20 @@ def sweeps_of(
         counts = [
             n + jnp.sum(jnp.abs(q)) / z for n, q, z in zip(carry.spikes, spikes, sizes, strict=True)
         ]
+        # What is only looked at costs no memory in reverse mode.
+        old, now = jax.lax.stop_gradient((carry.states, new))
+        changes = [jnp.abs(b.s - a.s) for a, b in zip(old, now, strict=True)]
+        moved = functools.partial(_moving, changes)
+        if number is None and known:
+            moving = jax.lax.cond(carry.t == last, moved, lambda: zero)
+        else:
+            moving = moved() if number == last or not known else zero
         seen = None
         if trace is not None:
-            readout = tuple(map(neuron.readout, new))
+            squares = [
+                jnp.sum((jnp.abs(u) * c) ** 2)
+                for u, c in zip(coordinates.scales, changes, strict=True)
+            ]
             emitted = map(jnp.broadcast_to, spikes, [s.shape for s in coordinates.start])
             seen = trace(
                 Snapshot(
@@ -506,20 +528,28 @@ def sweeps_of(
                     state=network.unpack(spec, tuple(state.s for state in new)),
                     spikes=network.unpack(spec, tuple(emitted)),
                     signals=network.unpack(spec, tuple(map(signal, new))),
-                    residual=largest(residuals(coordinates, readout)),
+                    residual=jnp.sqrt(functools.reduce(jnp.add, squares)),
                 )
             )
-        return Carry(carry.t + 1, new, counts), seen
+        return Carry(carry.t + 1, new, moving, counts), seen
 
     if resumed is not None:
-        return Sweeps(resumed, (), functools.partial(sweep, full), length)
+        if known:  # the same for all stragglers: no array of numbers
+            resumed = resumed._replace(t=jnp.asarray(done, jnp.int32))
+        return Sweeps(resumed, (), functools.partial(sweep, full, None), length)
     states = list(map(neuron.start, coordinates.start, coordinates.start_currents))
     return Sweeps(
-        Carry(jnp.zeros((), jnp.int32), states, [zero] * depth),
-        tuple(functools.partial(sweep, updates) for updates in opening),
-        functools.partial(sweep, full),
+        Carry(jnp.zeros((), jnp.int32), states, zero, [zero] * depth),
+        tuple(functools.partial(sweep, updates, t) for t, updates in enumerate(opening)),
+        functools.partial(sweep, full, None),
         length,
     )
+
+
+def _moving(changes: list[jax.Array]) -> jax.Array:
+    """Fraction of the units that changed by more than `MOVING`."""
+    counts = [jnp.sum(change > MOVING, dtype=change.dtype) for change in changes]
+    return functools.reduce(jnp.add, counts) / sum(change.size for change in changes)
 
 
 def residuals(
@@ -592,8 +622,6 @@ def conclude(
     state = tuple(map(spec.neuron.readout, carry.states))
     swept = coordinates.swept(state)
     found = residuals(coordinates, state, swept)
-    seen, new = jax.lax.stop_gradient((state, swept.state))
-    moving = [jnp.sum(jnp.abs(b - a) > MOVING) for a, b in zip(seen, new, strict=True)]
     worst = largest(found)
     info = PhaseInfo(
         residual=worst,
@@ -601,9 +629,9 @@ def conclude(
         mean_residual=worst,
         unsettled=(worst > UNSETTLED).astype(worst.dtype),
         sweeps=carry.t.astype(worst.dtype),
-        moving=functools.reduce(jnp.add, moving).astype(worst.dtype) / sum(s.size for s in state),
+        moving=carry.moving,
         spikes=tuple(carry.spikes),
-        activity=mean_size(seen),
+        activity=mean_size(state),
         trace=trace,
     )
     return Settled(carry, state, swept, info)

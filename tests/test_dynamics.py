@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from helpers import (
 
 import ep_jax as ep
 from ep_jax import dynamics
+from ep_jax import phases as phases_
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -116,7 +116,7 @@ def test_the_opening_leaves_out_zeros_alone(
     layers = (ep.Conv(3, 3, "max"), ep.Conv(4, 2, "avg"), ep.Dense(6), ep.Dense(3))
     spec = small(neuron, 0.5, layers)
     params, (xs, ys) = make_params(spec), make_batch(spec, 1)
-    plan, lengths = dynamics.plan, []
+    plan, lengths = phases_.plan, []
 
     def run(opening: bool) -> Any:
         def patched(spec: Any, phases: Any, nudged: bool, from_zero: bool) -> Any:
@@ -247,15 +247,17 @@ def test_displacement_keeps_its_precision_in_float32() -> None:
     params, (xs, ys) = make_params(spec, seed=6), make_batch(spec, 4)
     exact = exact_gradient(params, spec, xs, ys, 60)
     single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, xs))
-    worst = {}
-    for coordinates in ("absolute", "displacement"):
-        phases = ep.Phases(60, 60, 1e-5, "one_sided", coordinates=coordinates)
-        estimate = jax.jit(functools.partial(ep.ep_gradient, spec=spec, phases=phases))
-        grads, _ = estimate(single[0], xs=single[1], ys=ys)
-        assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
-        worst[coordinates] = min(cosine(g, e) for g, e in zip(grads, exact, strict=True))
-    assert worst["displacement"] > 0.9999
-    assert worst["absolute"] < 0.9
+    phases = ep.Phases(60, 60, 1e-5, "one_sided", coordinates="displacement")
+    estimate = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))
+    grads, _ = estimate(single[0], spec, single[1], ys, phases)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
+    assert min(cosine(g, e) for g, e in zip(grads, exact, strict=True)) > 0.9999
+    absolute = replace(phases, coordinates="absolute")
+    with pytest.raises(ValueError, match=r"1\.0e-07 reaches the lowest of 3 layers.*displacement"):
+        estimate(single[0], spec, single[1], ys, absolute)
+    # What is refused in single precision is right in double.
+    grads, _ = estimate(params, spec, xs, ys, absolute)
+    assert min(cosine(g, e) for g, e in zip(grads, exact, strict=True)) > 0.9999
 
 
 # Signals of low precision.
@@ -324,6 +326,8 @@ def test_a_free_phase_goes_on_from_a_state(sweep: Any) -> None:
         return ep.free_phase(params, spec, xs[0], three, start=half), (at_once, info), half
 
     gone_on, at_once, half = both()
+    assert (float(gone_on[1].sweeps), float(at_once[1].sweeps)) == (3, 7)
+    gone_on = gone_on[0], gone_on[1]._replace(sweeps=at_once[1].sweeps)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-14), gone_on, at_once)
     assert max(float(jnp.abs(a - b).max()) for a, b in zip(half, at_once[0], strict=True)) > 1e-3
 
@@ -394,7 +398,7 @@ def test_energy_never_rises(sweep: Any, epsilon: float, pool: Any) -> None:
 
 
 def test_info_is_what_the_trace_shows() -> None:
-    """Residuals or counts of another sweep, of one layer only, or in the wrong unit."""
+    """Changes or counts of another sweep, of one layer only, or in the wrong unit."""
     spec = small(ep.Rate(0.5), 0.5)
     params, (xs, _) = make_params(spec), make_batch(spec, 1)
     displaced = ep.Phases(7, 3, coordinates="displacement")
@@ -420,7 +424,7 @@ def test_info_is_what_the_trace_shows() -> None:
         changes = [np.diff(np.asarray(s).reshape(steps, -1), axis=0) for s in states]
         squares = sum((c**2).sum(1) * u**2 for c, u in zip(changes, scale, strict=True))
         np.testing.assert_allclose(residuals[1:], np.sqrt(squares), rtol=1e-12)
-        assert info.residual == residuals[-1]
+        assert float(info.sweeps) == steps
         moving = np.concatenate([np.abs(c[-1]) > 1e-3 for c in changes])
         np.testing.assert_allclose(info.moving, moving.mean(), rtol=1e-12)
         assert [float(v) for v in info.spikes] == [0, 0, 0, 0]
@@ -544,7 +548,8 @@ def test_a_neuron_model_of_ones_own() -> None:
     spec = small(CoarseRate(), 0.3, layers)
     params, (xs, ys) = make_params(spec), make_batch(spec, 2)
     free, info = ep.free_phase(params, spec, xs[0], ep.Phases(60, sweep="alternating"))
-    assert float(info.residual) == 0
+    assert float(info.moving) == 0
+    assert float(info.residual) > 1e-3  # at rest, and not where rates would be
     told = tuple(jnp.round(4 * s) / 4 for s in free)
     y = one_hot(spec, ys)[0]
     drives = jax.jit(
