@@ -237,7 +237,7 @@ class CapState(NamedTuple):
     capped: jax.Array
 
 
-def cap_links(spec: NetworkSpec, cap: float, iterations: int = 1) -> optax.GradientTransformation:
+def cap_links(spec: NetworkSpec, cap: float, iterations: int = 4) -> optax.GradientTransformation:
     """Scale the weights of a link down where a step takes its norm above `cap`.
 
     It comes last in a chain and looks at ``params + updates``. A link's norm is the operator norm
@@ -246,9 +246,11 @@ def cap_links(spec: NetworkSpec, cap: float, iterations: int = 1) -> optax.Gradi
     not linear, but 1-Lipschitz: its link is held by the norm of the convolution before it.
 
     The norm comes from a power iteration that goes on where the step before left it. It is an
-    estimate from below, and close, for weights change little in a step: in trials with `AdamW` at
-    .002 and `Muon` at .02 the norm was up to 2 % above the cap (5 % with `AdamW` at .02). Who wants
-    a bound keeps this margin, and looks at `link_norms` now and then.
+    estimate from below, and lags where another singular value overtakes the largest. Above the cap
+    by, at most, in per cent, for 1, 2, 4 and 8 iterations: 1.1, .6, .2 and .01 on the digits with
+    `Muon` at .05 and the cap at .5 for two epochs. A single one let 5 through after three epochs;
+    steps that are all the same and large let 9 through, and 3 with four iterations. Who wants a
+    bound keeps a margin, and looks at `link_norms`, which starts anew, now and then.
 
     Args:
         spec: the network.

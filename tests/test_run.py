@@ -213,14 +213,15 @@ def test_a_resumed_run_is_the_uninterrupted_run(
 
 @pytest.mark.usefixtures("without_figures")
 def test_a_run_with_muon_and_a_cap_learns_resumes_and_keeps_to_it(tmp_path: Path) -> None:
-    """The state of this optimiser is another one; its links stay at the cap."""
-    config = dataclasses.replace(TINY, optimizer="muon", learning_rate=0.05, cap=0.8)
+    """The state of this optimiser is another one; its links stay below the cap."""
+    config = dataclasses.replace(TINY, optimizer="muon", learning_rate=0.05, cap=0.5)
     train(config, tmp_path / "out")
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["loss"] < json.loads(lines[0])["loss"]
+    records = [json.loads(line) for line in lines]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert max(record["links_capped"] for record in records) > 0
     params, spec, _ = ep.load_weights(tmp_path / "out")
-    norms = link_norms(params, spec)
-    np.testing.assert_allclose(norms, 0.8, rtol=0.02)
+    assert (link_norms(params, spec) < 0.5 * 1.02).all()
     train(config, tmp_path / "out", resume=True)  # from the last checkpoint: nothing to do
     again, _, _ = ep.load_weights(tmp_path / "out")
     chex.assert_trees_all_equal(again, params)
