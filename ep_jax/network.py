@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from ep_jax import layers as ops
 from ep_jax.checks import check_choice, check_float_array, check_integer, check_number
 from ep_jax.layers import Conv, Dense, Layer, Shape
-from ep_jax.neurons import Neuron, SigmaDelta
+from ep_jax.neurons import DeltaCode, Neuron
 
 COSTS = ("squared_error", "cross_entropy")
 
@@ -64,7 +64,7 @@ class NetworkSpec:
 
     input_shape: Shape
     layers: tuple[Layer, ...]
-    neuron: Neuron = field(default_factory=SigmaDelta)
+    neuron: Neuron = field(default_factory=DeltaCode)
     cost: Literal["squared_error", "cross_entropy"] = "squared_error"
     feedback: float = 1.0
 
@@ -120,14 +120,15 @@ class NetworkSpec:
 
 
 def init_params(
-    key: jax.Array, spec: NetworkSpec, gain: float = 1.0, dtype: jnp.dtype | type = jnp.float32
+    key: jax.Array, spec: NetworkSpec, gain: float = 0.5, dtype: jnp.dtype | type = jnp.float32
 ) -> Params:
     """Random parameters: weights uniform with standard deviation ``gain / sqrt(fan_in)``, no bias.
 
     Args:
         key: random key.
         spec: the network.
-        gain: scale of the weights; large gains with strong feedback make a network multistable.
+        gain: scale of the weights. Large gains with strong feedback make a network multistable;
+            with small ones the states of a deep network fade away.
         dtype: floating-point type of the parameters.
 
     Returns:

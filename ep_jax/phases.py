@@ -68,16 +68,16 @@ class Phases:
             ``None``: no limit. In displacement coordinates only.
 
     Example:
-        >>> Phases(free=12, nudged=8, sweep="alternating", coordinates="displacement").beta
-        0.1
+        >>> Phases(free=12, nudged=8, sweep="alternating").coordinates
+        'displacement'
     """
 
-    free: int = 100
-    nudged: int = 30
-    beta: float = 0.1
+    free: int = 60
+    nudged: int = 40
+    beta: float = 1e-3
     estimator: Literal["one_sided", "random_sign", "symmetric", "holomorphic"] = "symmetric"
-    sweep: Literal["synchronous", "alternating", "ordered"] = "synchronous"
-    coordinates: Literal["absolute", "displacement"] = "absolute"
+    sweep: Literal["synchronous", "alternating", "ordered"] = "ordered"
+    coordinates: Literal["absolute", "displacement"] = "displacement"
     points: int = 4
     nudged_signals: Literal["full", "bfloat16"] = "full"
     relaxation: float = 1.0

@@ -201,14 +201,14 @@ _MNIST = Config(
 _FASHION = replace(
     _MNIST,
     dataset="fashion_mnist",
-    epochs=20,
+    epochs=14,
     kernels=(5, 3),
     padding="SAME",
     hidden=(256,),
-    phases=replace(_PHASES, relaxation=1.4),
+    phases=replace(_PHASES, free=12, nudged=8, relaxation=1.4),
     learning_rate=0.02,
     weight_decay=0.1,
-    cap=0.7,
+    cap=0.72,
     augmentation=Augmentation(flip=True, erase=4),
 )
 

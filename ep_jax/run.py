@@ -42,7 +42,13 @@ from ep_jax.checkpoint import (
     write_json,
 )
 from ep_jax.data import Dataset, load, to_float
-from ep_jax.diagnostics import AMBIGUOUS, contractivity, spikes_per_neuron, synaptic_operations
+from ep_jax.diagnostics import (
+    AMBIGUOUS,
+    contractivity,
+    feedback_answers,
+    spikes_per_neuron,
+    synaptic_operations,
+)
 from ep_jax.dynamics import PhaseInfo
 from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec, Params
@@ -277,15 +283,18 @@ def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.Gradien
 def evaluate(
     params: Params, spec: NetworkSpec, phases: Phases, data: Dataset, key: jax.Array | None = None
 ) -> Record:
-    """Test error in per cent at the phases' free sweeps and at four times as many.
+    """Test error in per cent at the phases' free sweeps and at four times as many, and recurrence.
 
-    The two agree where the answers come from an equilibrium and not from a transient.
+    The two errors agree where the answers come from an equilibrium and not from a transient. That
+    they do not come from a feed-forward network, `recurrence_of` tells.
 
     Returns:
         ``test_error``, ``test_error_4x``; of one inference: ``spikes_per_neuron`` of each layer,
-        and ``synaptic_operations``.
+        and ``synaptic_operations``; and ``recurrence``.
     """
-    longer = dataclasses.replace(phases, free=4 * phases.free)
+    longer = dataclasses.replace(
+        phases, free=4 * phases.free, free_more=4 * phases.free_more, tolerance=None
+    )
     answers, info = training.predict(params, spec, phases, data.test_images, key)
     answers_4x, _ = training.predict(params, spec, longer, data.test_images, key)
     return {
@@ -293,7 +302,57 @@ def evaluate(
         "test_error_4x": training.error_rate(answers_4x, data.test_labels),
         "spikes_per_neuron": [float(s) for s in info.spikes],
         "synaptic_operations": synaptic_operations(spec, info.spikes),
+        "recurrence": recurrence_of(params, spec, data),
     }
+
+
+def recurrence_of(
+    params: Params, spec: NetworkSpec, data: Dataset, images: int = 2000, radii: int = 256
+) -> Record:
+    """What feedback does in a trained network: to the states and answers of its rate twin.
+
+    On validation images, or on training images where there are none.
+
+    Args:
+        params: parameters.
+        spec: the network.
+        data: where the images come from.
+        images: most images whose states and answers are looked at.
+        radii: most images whose relaxation is looked at.
+
+    Returns:
+        ``feedback``; ``share`` of each layer's state that feedback makes; errors in per cent at the
+        fixed point, ``error``, and in one pass from below with the feedback ``error_cut``, replaced
+        by its mean over the images (``error_mean``) or by another image's (``error_other``);
+        ``radius_mean`` and ``radius_largest`` of the relaxation, and the share of the images whose
+        fixed point depends on the start, ``ambiguous``.
+    """
+    held_out = len(data.validation_images) > 0
+    pixels = data.validation_images if held_out else data.train_images
+    labels = (data.validation_labels if held_out else data.train_labels)[:images]
+    xs = jnp.asarray(to_float(pixels[:images]))
+    found = _answers_under(params, spec, xs)
+    errors = {
+        name: training.error_rate(np.asarray(answers), labels)
+        for name, answers in zip(found._fields[1:], found[1:], strict=True)
+    }
+    relaxation = _contractivity(params, spec, xs[:radii])
+    return {
+        "feedback": spec.feedback,
+        "share": [float(share) for share in found.share],
+        "error": errors["own"],
+        **{f"error_{name}": errors[name] for name in ("cut", "mean", "other")},
+        "radius_mean": float(relaxation.radius.mean()),
+        "radius_largest": float(relaxation.radius.max()),
+        "ambiguous": float((relaxation.disagreement > AMBIGUOUS).mean()),
+        "images": len(xs),
+    }
+
+
+_answers_under = jax.jit(feedback_answers, static_argnames=("spec", "phases"))
+_contractivity = jax.jit(
+    functools.partial(contractivity, starts=1), static_argnames=("spec", "phases")
+)
 
 
 def provenance() -> Record:
@@ -436,11 +495,6 @@ def _radius(params: Params, spec: NetworkSpec, data: Dataset) -> Record | None:
     }
 
 
-_contractivity = jax.jit(
-    functools.partial(contractivity, starts=1), static_argnames=("spec", "phases")
-)
-
-
 def _shown(name: str, value: float | None, unit: str = "", spec: str = ".3g") -> str:
     return "" if value is None else f"{name}{value:{spec}}{unit}"
 
@@ -540,6 +594,18 @@ def _summary(config: Config, spec: NetworkSpec, result: Record, out: Path) -> Ta
     if validation is not None:
         table.add_row("validation error, last epoch", f"{validation:.2f} %")
     table.add_row("spikes per neuron and image, by layer", spikes)
+    heard = result["recurrence"]
+    share = " ".join(f"{s:.2f}" for s in heard["share"])
+    radius = f"{heard['radius_mean']:.2f}, {heard['radius_largest']:.2f}"
+    errors = [heard[name] for name in ("error", "error_cut", "error_other")]
+    table.add_row(
+        "feedback, share of each layer's state that it makes", f"{spec.feedback:g}; {share}"
+    )
+    table.add_row("spectral radius, mean and largest", radius)
+    table.add_row(
+        "validation error; feedback cut; another image's",
+        "; ".join(f"{error:.2f} %" for error in errors),
+    )
     nudged = f" + {config.phases.nudged} nudged" if config.gradient == "ep" else ""
     table.add_row("sweeps", f"{config.phases.free} free{nudged}")
     table.add_row("layers", " - ".join(str(s) for s in map(np.prod, spec.state_shapes)))
