@@ -509,8 +509,13 @@ def sweeps_of(
         ]
         # What is only looked at costs no memory in reverse mode.
         old, now = jax.lax.stop_gradient((carry.states, new))
-        changes = [jnp.abs(b.s - a.s) for a, b in zip(old, now, strict=True)]
-        moved = functools.partial(_moving, changes)
+
+        def changes() -> list[jax.Array]:
+            return [jnp.abs(b.s - a.s) for a, b in zip(old, now, strict=True)]
+
+        def moved() -> jax.Array:  # made where it is asked for, not in every sweep
+            return _moving(changes())
+
         if number is None and known:
             moving = jax.lax.cond(carry.t == last, moved, lambda: zero)
         else:
@@ -519,7 +524,7 @@ def sweeps_of(
         if trace is not None:
             squares = [
                 jnp.sum((jnp.abs(u) * c) ** 2)
-                for u, c in zip(coordinates.scales, changes, strict=True)
+                for u, c in zip(coordinates.scales, changes(), strict=True)
             ]
             emitted = map(jnp.broadcast_to, spikes, [s.shape for s in coordinates.start])
             seen = trace(
