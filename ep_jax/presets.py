@@ -185,8 +185,8 @@ _PHASES = Phases(
     coordinates="displacement",
     relaxation=1.4,
 )
-# Late in training a few hard images settle slowly, and the gradient lives in them: the least settled
-# quarter of a batch goes on.
+# Late in training a few hard images settle slowly, and the gradient lives in them: the least
+# settled quarter of a batch goes on.
 _MNIST = Config(
     dataset="mnist",
     epochs=20,
@@ -275,7 +275,7 @@ def _compared(name: str, spiking: Config) -> dict[str, Config]:
         f"{name}_rate": rate,
         f"{name}_bptt": through_time,
         f"{name}_rate_bptt": replace(through_time, neuron="rate"),
-        f"{name}_backprop": replace(through_time, neuron="rate", phases=one_pass),
+        f"{name}_backprop": replace(through_time, neuron="rate", phases=one_pass, cap=None),
         f"{name}_feedforward": replace(spiking, feedback=1e-6, cap=None),
     }
 
