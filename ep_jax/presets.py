@@ -199,7 +199,7 @@ _MNIST = Config(
         _PHASES,
         free=8,
         nudged=6,
-        relaxation=1.5,
+        relaxation=1.3,
         stragglers=0.125,
         free_more=16,
         nudged_more=14,
