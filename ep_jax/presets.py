@@ -192,7 +192,7 @@ _PHASES = Phases(
 # settled eighth of a batch goes on.
 _MNIST = Config(
     dataset="mnist",
-    epochs=20,
+    epochs=12,
     gain=0.29,
     feedback=1.0,
     phases=replace(
