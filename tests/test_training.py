@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
@@ -225,6 +226,20 @@ def test_predictions_are_the_argmax_of_the_free_phase() -> None:
     state, own = settle(to_float(images))
     np.testing.assert_array_equal(answers, np.asarray(state[-1].argmax(-1)))
     np.testing.assert_allclose(info.spikes[0], own.spikes[0].mean(), rtol=1e-5)
+
+
+def test_stragglers_are_found_within_each_batch() -> None:
+    """Eleven images in batches of four and one of three: all of them go on, or some settle less."""
+    images, _ = images_and_labels(11)
+    params = ep.init_params(jax.random.key(2), SPEC)
+    some = replace(PHASES, stragglers=0.9, free_more=4)  # which rounds up to all of a batch
+    long = replace(PHASES, free=12)
+    (answers, info), (expected, at_once) = (
+        training.predict(params, SPEC, phases, images, batch=4) for phases in (some, long)
+    )
+    np.testing.assert_array_equal(answers, expected)
+    assert float(info.sweeps) == 12
+    np.testing.assert_allclose(info.spikes, at_once.spikes, rtol=1e-5)
 
 
 def test_predict_refuses_images_it_would_misread() -> None:
