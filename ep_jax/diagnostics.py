@@ -485,7 +485,7 @@ class Contractivity(NamedTuple):
         radius: `spectral_radius` at the state reached from zero, ``[B]``; below 1 it is stable.
         disagreement: largest distance of a unit between the states reached from zero and from
             random starts, ``[B]``.
-        residual: residual of the last sweep from zero, ``[B]``.
+        residual: relative residual of that state (`ep_jax.PhaseInfo`), ``[B]``.
     """
 
     radius: jax.Array

@@ -203,7 +203,8 @@ def heard_of(neuron: Any, old: Any, s: Any, layer: int, t: int) -> Any:
         new["error"] = jnp.clip(value - q, -0.5, 0.5)
         new["known"] = (1 - neuron.lam) * old["known"] + neuron.lam * q
     elif isinstance(neuron, ep.DeltaCode):
-        delta = neuron.quantum * neuron.decay ** max(0.0, t - neuron.lag * layer)
+        code: Any = neuron
+        delta = code.quantum * code.decay ** max(0.0, t - code.lag * layer)
         kept = (1 - delta) * old["known"] if neuron.leak else old["known"]
         value = (s - kept) / delta
         q = jnp.where(value > 0.5, 1.0, 0.0) if neuron.leak else jnp.clip(jnp.round(value), -1, 1)

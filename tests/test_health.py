@@ -146,7 +146,7 @@ def test_a_phase_that_the_gradient_does_not_need_may_end_anywhere() -> None:
 
     A run by BPTT has no nudged phase in its record, and no residuals of one.
     """
-    late = {"mean_residual": 0.5, "residuals": [0.5, 0.5, 0.5]}
+    late: Any = {"mean_residual": 0.5, "residuals": [0.5, 0.5, 0.5]}
     record = {name: v for name, v in (SETTLED | late).items() if "nudged" not in name}
     assert health.complaints(record, SPEC, replace(CONFIG, gradient="bptt")) == {}
     said = complaints(replace(CONFIG, gradient="implicit"), mean_residual_nudged=0.5, **late)

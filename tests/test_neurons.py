@@ -409,12 +409,12 @@ def simulate(
                     drive = current(heard, l, 1, alpha) + given[l] + push
                     s = bound[l](s + epsilon * (drive - s))
                 delta = 0.0
-                scheduled = isinstance(n, ep.DeltaCode) and n.scheduled
-                if scheduled and nudged:
+                code: Any = n if isinstance(n, ep.DeltaCode) and n.scheduled else None
+                if code and nudged:
                     delta = error * (1.0 if displaced else abs(beta_of[l]))
-                    delta *= n.nudged_quantum * n.nudged_decay**t
-                elif scheduled:
-                    delta = n.quantum * n.decay ** max(0.0, t - n.lag * l)
+                    delta *= code.nudged_quantum * code.nudged_decay**t
+                elif code:
+                    delta = code.quantum * code.decay ** max(0.0, t - code.lag * l)
                 counts[l] = senders[l].send(s, lam, delta, displaced, error)
         states.append([sender.s for sender in senders])
         spikes.append(counts)
