@@ -102,6 +102,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     warmup: float = 0.0,
     cap: float | None = None,
+    shrink: float = 0.0,
 ) -> optax.GradientTransformation:
     """An optimiser with a cosine schedule over `steps` that ends at 0.
 
@@ -115,6 +116,7 @@ def make_optimizer(
             weight off (`AdamW`, `Muon`), or adds decay times the weight to the gradient (`SGD`).
         warmup: share of the steps during which the rate rises linearly from 0.
         cap: what `cap_links` holds the norms of the links at; ``None``: no cap.
+        shrink: the rate at which `shrink_links` shrinks them while images are unsettled.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -127,6 +129,7 @@ def make_optimizer(
     check_integer("steps", steps, at_least=1)
     check_non_negative("weight_decay", weight_decay)
     check_non_negative("warmup", warmup, at_most=1.0)
+    check_non_negative("shrink", shrink, at_most=1.0)
     depth = len(spec.layers)
     if len(layer_rates) not in (0, depth):
         raise ValueError(f"layer_rates is {tuple(layer_rates)}; expected a factor for each of the "
@@ -161,6 +164,7 @@ def make_optimizer(
         *direction,
         optax.stateless(scale_layers),
         optax.scale_by_learning_rate(schedule),
+        *((shrink_links(spec, shrink),) if shrink else ()),
         *(() if cap is None else (cap_links(spec, cap),)),
     )
 
@@ -284,13 +288,53 @@ def cap_links(spec: NetworkSpec, cap: float, iterations: int = 4) -> optax.Gradi
         vectors, norms = _measure(moved, spec, state.vectors, iterations)
         above = norms > cap
         factors = jnp.where(above, cap / norms, 1.0)
-        updates = list(updates)
-        for l, factor in enumerate(factors, 1):
-            change = factor * updates[l]["w"] + (factor - 1) * params[l]["w"]
-            updates[l] = {**updates[l], "w": change}
-        return tuple(updates), CapState(vectors, factors * norms, above.sum(dtype=jnp.int32))
+        held = _scale_links(updates, params, factors)
+        return held, CapState(vectors, factors * norms, above.sum(dtype=jnp.int32))
 
     return optax.GradientTransformation(init, update)
+
+
+def _scale_links(updates: Any, params: Any, factors: Any) -> Any:
+    """Updates that take the weights of each link to its factor times where they would go."""
+    scaled = list(updates)
+    for l, factor in enumerate(factors, 1):
+        change = factor * updates[l]["w"] + (factor - 1) * params[l]["w"]
+        scaled[l] = {**updates[l], "w": change}
+    return tuple(scaled)
+
+
+def shrink_links(spec: NetworkSpec, rate: float) -> optax.GradientTransformationExtraArgs:
+    """Shrink the weights of all links while images are unsettled: a controller of the radius.
+
+    Each step takes ``rate * unsettled`` of every link's weights off, where ``unsettled`` is the
+    share of the batch that the free phase left unsettled (`ep_jax.PhaseInfo`): what is observed of
+    contractivity, where `cap_links` holds what would prove it. It comes last in a chain, and
+    ``update`` takes ``unsettled`` as an argument by name (0 where it is not given).
+
+    Args:
+        spec: the network.
+        rate: what a batch of unsettled images takes off in a step, in (0, 1).
+
+    Example:
+        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
+        >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
+        >>> shrinking, still = shrink_links(spec, 0.5), jax.tree.map(jnp.zeros_like, params)
+        >>> updates, _ = shrinking.update(still, shrinking.init(params), params, unsettled=0.25)
+        >>> [(u["w"] + p["w"]).item() for u, p in zip(updates, params)]
+        [1.0, 0.875]
+    """
+    check_number("rate", rate, above=0.0, at_most=1.0)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, unsettled: Any = 0.0, **others: Any
+    ) -> tuple[Any, Any]:
+        del others
+        if params is None:
+            raise ValueError("params is None; expected the parameters, which shrink_links scales")
+        factor = 1.0 - rate * unsettled
+        return _scale_links(updates, params, (factor,) * (spec.depth - 1)), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def link_norms(params: Params, spec: NetworkSpec, iterations: int = 100) -> jax.Array:

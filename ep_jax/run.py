@@ -277,6 +277,7 @@ def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.Gradien
         weight_decay=config.weight_decay,
         warmup=config.warmup,
         cap=config.cap,
+        shrink=config.shrink,
     )
 
 

@@ -222,7 +222,9 @@ def make_train_steps(
         xs = augment(augment_key, xs, augmentation)
         grads, info = gradient(state.params, spec, xs, labels, phases, phase_key)
         with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optax.with_extra_args_support(optimizer).update(
+                grads, state.opt_state, state.params, unsettled=info.free.unsettled
+            )
         params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = StepMetrics(
             loss=info.cost,
