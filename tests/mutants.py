@@ -287,6 +287,9 @@ MUTANTS: dict[str, Mutant] = {
         "a cap on the update, not on the link", "optimizers.py",
         "factor * updates[l][\"w\"] + (factor - 1) * params[l][\"w\"]",
         "factor * updates[l][\"w\"]", "test_optimizers.py"),
+    "unsettled_untold": Mutant(
+        "an optimiser that is not told of unsettled images", "training.py",
+        "state.params, unsettled=info.free.unsettled", "state.params", "test_training.py"),
     "augment_key": Mutant(
         "every step varies its images alike", "training.py",
         "jax.random.split(jax.random.fold_in(key, state.step))", "jax.random.split(key)",
