@@ -267,10 +267,12 @@ CASES: dict[str, Case] = {
         ("max_sweeps ", "0", "at least 1")),
     # Diagnostics.
     "GDU curves of other sweeps": (
-        lambda: gradient(phases=Phases(2, 2, sweep="alternating"), of=ep.diagnostics.gdu),
+        lambda: gradient(
+            phases=Phases(2, 2, sweep="alternating", coordinates="absolute"),
+            of=ep.diagnostics.gdu),
         ValueError, ("phases ", "'alternating'", "'synchronous'")),
     "GDU curves of displacements": (
-        lambda: gradient(phases=Phases(2, 2, coordinates="displacement"), of=ep.diagnostics.gdu),
+        lambda: gradient(phases=Phases(2, 2, sweep="synchronous"), of=ep.diagnostics.gdu),
         ValueError, ("phases ", "'displacement'", "'absolute'")),
     "no power iterations": (
         lambda: ep.diagnostics.spectral_radius(PARAMS, SPEC, X, STATE, iterations=0), ValueError,
