@@ -217,7 +217,8 @@ def gdu(
     Example:
         >>> spec = NetworkSpec((3,), (network.Dense(4), network.Dense(2)), neuron=Rate())
         >>> params = network.init_params(jax.random.key(0), spec)
-        >>> curves = gdu(params, spec, jnp.ones((5, 3)), jnp.zeros(5, int), Phases(50, 6, 1e-2))
+        >>> phases = Phases(50, 6, 1e-2, sweep="synchronous", coordinates="absolute")
+        >>> curves = gdu(params, spec, jnp.ones((5, 3)), jnp.zeros(5, int), phases)
         >>> curves.ep_params[0]["w"].shape, curves.bptt_state[1].shape
         ((6, 3, 4), (6, 5, 2))
     """
@@ -485,7 +486,7 @@ class Contractivity(NamedTuple):
         radius: `spectral_radius` at the state reached from zero, ``[B]``; below 1 it is stable.
         disagreement: largest distance of a unit between the states reached from zero and from
             random starts, ``[B]``.
-        residual: residual of the last sweep from zero, ``[B]``.
+        residual: relative residual of that state (`ep_jax.PhaseInfo`), ``[B]``.
     """
 
     radius: jax.Array

@@ -56,6 +56,7 @@ class Mutant(NamedTuple):
 
 EP, BPTT, DYN = "test_equilibrium.py", "test_bptt.py", "test_dynamics.py"
 NET, LAY, NEU = "test_network.py", "test_layers.py", "test_neurons.py"
+SET = "test_settling.py"
 
 MUTANTS: dict[str, Mutant] = {
     # Energy, currents, layers.
@@ -80,8 +81,8 @@ MUTANTS: dict[str, Mutant] = {
         "1.0 * turn.above)", DYN),
     "external_bias": Mutant(
         "a bias dropped from the dynamics", "dynamics.py",
-        "return (links.biases[0] + drive, *links.biases[1:])",
-        "return (drive, *links.biases[1:])", DYN),
+        "self._external = (links.biases[0] + drive, *links.biases[1:])",
+        "self._external = (drive, *links.biases[1:])", DYN),
     "dense_transpose": Mutant(
         "the adjoint of a dense layer rolled by one", "layers.py",
         "return field @ matrix.T", "return jnp.roll(field @ matrix.T, 1)", LAY),
@@ -112,25 +113,23 @@ MUTANTS: dict[str, Mutant] = {
     # The relaxation.
     "nudge_sign": Mutant(
         "the nudge away from the target", "dynamics.py",
-        "return -beta * cost_gradient(links, s, y)", "return beta * cost_gradient(links, s, y)",
-        EP),
+        "total = total - beta * cost_gradient(", "total = total + beta * cost_gradient(", EP),
     "nudge_sign_displaced": Mutant(
         "the same in displacement coordinates", "dynamics.py",
-        "current = current - cost_gradient(links, base.state[l] + beta * d, y)",
-        "current = current + cost_gradient(links, base.state[l] + beta * d, y)", EP),
+        "current = current - cost_gradient(", "current = current + cost_gradient(", EP),
     "nudge_at_rest": Mutant(
         "the nudge of the free state, not of the nudged one", "dynamics.py",
-        "cost_gradient(links, base.state[l] + beta * d, y)",
-        "cost_gradient(links, base.state[l], y)", EP),
+        "output = self._base.state[l] + self._beta * d", "output = self._base.state[l]", EP),
     "state_reset": Mutant(
         "the nudged phase starts from zero", "dynamics.py",
-        "        start=state,\n", "        start=tuple(map(jnp.zeros_like, state)),\n", DYN),
+        "self.start = start\n        if nudge",
+        "self.start = tuple(0 * s for s in start) if nudge else start\n        if nudge", DYN),
     "sweep_order": Mutant(
-        "ordered sweeps go up in the nudged phase as well", "dynamics.py",
+        "ordered sweeps go up in the nudged phase as well", "phases.py",
         'return tuple(reversed(upwards)) if sweep == "ordered" and nudged else tuple(upwards)',
         "return tuple(upwards)", DYN),
     "opening": Mutant(
-        "an opening sweep leaves out one product too many", "dynamics.py",
+        "an opening sweep leaves out one product too many", "phases.py",
         "above = l + 1 < depth and heard[l + 1]", "above = l + 2 < depth and heard[l + 1]", DYN),
     "in_place": Mutant(
         "synchronous sweeps read what was just updated", "dynamics.py",
@@ -152,6 +151,46 @@ MUTANTS: dict[str, Mutant] = {
     "key_frozen": Mutant(
         "one random number for all sweeps", "dynamics.py",
         "jax.random.fold_in(jax.random.fold_in(key, t), l)", "jax.random.fold_in(key, l)", DYN),
+    # How far it is from its fixed point, and what follows from that.
+    "relaxation_lost": Mutant(
+        "no over-relaxation", "dynamics.py", "phases.relaxation * epsilon)", "epsilon)", SET),
+    "relaxation_twice": Mutant(
+        "twice over-relaxed", "dynamics.py", "phases.relaxation * epsilon)",
+        "phases.relaxation**2 * epsilon)", SET),
+    "best_settled": Mutant(
+        "the best settled examples go on", "dynamics.py",
+        "jax.lax.top_k(found.info.residual,", "jax.lax.top_k(-found.info.residual,", SET),
+    "scattered": Mutant(
+        "stragglers put back in another order", "dynamics.py",
+        "all_.at[slow].set(some)", "all_.at[slow].set(some[::-1])", SET),
+    "resumed_clock": Mutant(
+        "stragglers begin their schedule anew", "dynamics.py",
+        "resumed = resumed._replace(t=jnp.asarray(done, jnp.int32))",
+        "resumed = resumed._replace(t=jnp.asarray(0, jnp.int32))", SET),
+    "residual_layer": Mutant(
+        "the residual relative to another layer", "dynamics.py",
+        "swept.state, state, coordinates.moved(state)))",
+        "swept.state, state, coordinates.moved(state)[::-1]))", SET),
+    "residual_of_drive": Mutant(
+        "a residual before the activation", "dynamics.py",
+        "tuple(activation_of(spec, l).apply(i) for l, i in enumerate(currents)), currents",
+        "tuple(currents), currents", SET),
+    "residual_mean": Mutant(
+        "the mean residual of a batch told as its largest", "dynamics.py",
+        "residual=jnp.max(info.residual),", "residual=jnp.mean(info.residual),", SET),
+    "tolerance_of_one": Mutant(
+        "a phase stops when one layer has settled", "dynamics.py",
+        "largest(residuals(coordinates, readout)) < tolerance",
+        "residuals(coordinates, readout)[-1] < tolerance", SET),
+    "unit_underflow": Mutant(
+        "units of a displacement without a lower bound", "dynamics.py",
+        "max(spec.weight_of(l), rounding)", "spec.weight_of(l)", SET),
+    "limit": Mutant(
+        "the limit on all examples of a batch", "gradients/equilibrium.py",
+        "factors = jnp.where(sizes > most,", "factors = jnp.where(sizes > 0,", SET),
+    "share_of_feedback": Mutant(
+        "the feedback of the image itself for that of another", "diagnostics.py",
+        "jnp.roll(h, 1, 0), heard)", "jnp.roll(h, 0, 0), heard)", SET),
     # Gradients.
     "half": Mutant(
         "the symmetric estimate without 1/2", "gradients/equilibrium.py",
@@ -173,10 +212,9 @@ MUTANTS: dict[str, Mutant] = {
     "key_of_phases": Mutant(
         "the phases at plus and minus beta draw other random numbers",
         "gradients/equilibrium.py",
-        "drive, y, s, beta, phases, key\n        )",
-        "drive, y, s, beta, phases,\n"
-        "            key if key is None else jax.random.fold_in(key, beta > 0))",
-        EP),
+        "(betas, ys, drives, state),\n            given.nudged_keys,\n",
+        "(betas, ys, drives, state),\n            None if given.nudged_keys is None else "
+        "jax.vmap(jax.random.fold_in)(given.nudged_keys, (betas > 0).astype(int)),\n", EP),
     "conjugates": Mutant(
         "points of the circle counted once that stand for two", "gradients/equilibrium.py",
         "np.where(real, 1.0, 2.0)", "np.where(real, 1.0, 1.0)", EP),
@@ -210,8 +248,8 @@ MUTANTS: dict[str, Mutant] = {
         "value = state.error + (s -", "value = 0.0 * state.error + (s -", NEU),
     "stale_known": Mutant(
         "receivers not told of a spike", "neurons.py",
-        "return DeltaCodeState(s, kept + delta * count), count",
-        "return DeltaCodeState(s, kept), count", NEU),
+        "return DeltaCodeState(s, kept + delta * count, delta), count",
+        "return DeltaCodeState(s, kept, delta), count", NEU),
     "lag": Mutant(
         "all layers refine at once", "neurons.py",
         "jnp.maximum(t - self.lag * (clock.layer - 1), 0.0)", "jnp.maximum(t, 0.0)", NEU),
@@ -226,12 +264,32 @@ MUTANTS: dict[str, Mutant] = {
         "a running mean that never forgets its first value", "neurons.py",
         "mean + (s - mean) / (over.astype(s.dtype) + 1), s)",
         "mean + (s - mean) / (over.astype(s.dtype) + 2), s)", NEU),
+    "quantum_frozen": Mutant(
+        "a quantum that never shrinks", "neurons.py", "self.shrink * before", "before", NEU),
+    "quantum_mean": Mutant(
+        "a quantum of the mean square gap", "neurons.py",
+        "jnp.sqrt(jnp.sum(squares * squares) / jnp.where(energy > 0, energy, 1.0))",
+        "jnp.sqrt(energy / squares.size)", NEU),
+    "levels": Mutant(
+        "three levels whatever is asked for", "neurons.py",
+        "spikes.graded(self.levels // 2)", "spikes.graded(1)", NEU),
     # Training.
     "decay_rate": Mutant(
         "weights decay without the learning rate of their layer", "optimizers.py",
         "        *direction,\n        optax.stateless(scale_layers),\n",
         "        direction[0],\n        optax.stateless(scale_layers),\n        *direction[1:],\n",
         "test_optimizers.py"),
+    "cap_above": Mutant(
+        "links below the cap are scaled up to it", "optimizers.py",
+        "factors = jnp.where(above, cap / norms, 1.0)", "factors = cap / norms",
+        "test_optimizers.py"),
+    "cap_update": Mutant(
+        "a cap on the update, not on the link", "optimizers.py",
+        "factor * updates[l][\"w\"] + (factor - 1) * params[l][\"w\"]",
+        "factor * updates[l][\"w\"]", "test_optimizers.py"),
+    "unsettled_untold": Mutant(
+        "an optimiser that is not told of unsettled images", "training.py",
+        "state.params, unsettled=info.free.unsettled", "state.params", "test_training.py"),
     "augment_key": Mutant(
         "every step varies its images alike", "training.py",
         "jax.random.split(jax.random.fold_in(key, state.step))", "jax.random.split(key)",

@@ -135,9 +135,10 @@ def test_truncation_cuts_the_series_of_the_adjoint() -> None:
     )
     params, (xs, ys) = make_params(spec, seed=7, gain=0.5), make_batch(spec, 1)
     net = LinearNetwork(params, 0.7, np.asarray(xs[0]), np.asarray(one_hot(spec, ys)[0]))
+    phases = ep.Phases(free=200, sweep="synchronous")
     errors, kept = [], (1, 2, 15, 40)
     for tracked in kept:
-        grads, _ = bptt(params, spec, xs, ys, ep.Phases(free=200), tracked=tracked)
+        grads, _ = bptt(params, spec, xs, ys, phases, tracked=tracked)
         np.testing.assert_allclose(flat(grads), flat(net.truncated(tracked)), atol=1e-12)
         errors.append(relative_error(grads, net.exact()))
     radius = np.abs(np.linalg.eigvals(net.M)).max()
@@ -151,7 +152,7 @@ def test_rematerialisation_changes_nothing() -> None:
     One sweep, and a truncated number with a remainder beyond whole segments; the quantum of these
     neurons depends on the sweep.
     """
-    spec = ep.NetworkSpec((5,), (ep.Dense(6), ep.Dense(3)), ep.DeltaCode(), feedback=0.6)
+    spec = ep.NetworkSpec((5,), (ep.Dense(6), ep.Dense(3)), ep.DeltaCode(decay=0.8), feedback=0.6)
     params, (xs, ys) = make_params(spec), make_batch(spec, 2)
     for sweeps, tracked in ((1, 1), (11, 7)):
         (plain, info), (again, again_info) = (
@@ -202,7 +203,8 @@ def heard_of(neuron: Any, old: Any, s: Any, layer: int, t: int) -> Any:
         new["error"] = jnp.clip(value - q, -0.5, 0.5)
         new["known"] = (1 - neuron.lam) * old["known"] + neuron.lam * q
     elif isinstance(neuron, ep.DeltaCode):
-        delta = neuron.quantum * neuron.decay ** max(0.0, t - neuron.lag * layer)
+        code: Any = neuron
+        delta = code.quantum * code.decay ** max(0.0, t - code.lag * layer)
         kept = (1 - delta) * old["known"] if neuron.leak else old["known"]
         value = (s - kept) / delta
         q = jnp.where(value > 0.5, 1.0, 0.0) if neuron.leak else jnp.clip(jnp.round(value), -1, 1)
@@ -281,6 +283,7 @@ def test_straight_through_is_the_derivative_of_what_is_told(name: str) -> None:
         ep.SigmaDelta(),
         ep.DeltaCode(),
         ep.DeltaCode(leak=True),
+        ep.DeltaCode(decay=0.6),
         ep.IntegrateFire(),
         ep.Bernoulli(),
     ],

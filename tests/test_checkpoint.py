@@ -35,10 +35,13 @@ SPECS = [
         cost="cross_entropy",
     ),
     ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.DeltaCode(leak=True)),
+    ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.DeltaCode(decay=0.7, levels=5)),
     ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.Bernoulli(average=3)),
     ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.IntegrateFire(leak=0.9)),
 ]
-PHASES = ep.Phases(free=7, nudged=3, beta=-0.2, estimator="one_sided", sweep="ordered")
+PHASES = ep.Phases(
+    7, 3, -0.2, "one_sided", "ordered", relaxation=1.3, tolerance=0.01, stragglers=0.2, free_more=3
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -114,7 +114,7 @@ def test_ep_and_bptt_agree_sweep_by_sweep(name: str) -> None:
         ep.Rate(activation=activation), cost, feedback,
     )  # fmt: skip
     params, (xs, ys) = make_params(spec, seed=3, gain=gain), make_batch(spec, 2)
-    phases = ep.Phases(150, 10, 1e-4)
+    phases = ep.Phases(150, 10, 1e-4, sweep="synchronous", coordinates="absolute")
     curves = jax.jit(diagnostics.gdu, static_argnames=("spec", "phases"))(
         params, spec, xs, ys, phases
     )
@@ -184,7 +184,7 @@ def test_spectral_radius_is_that_of_the_dense_jacobian(name: str) -> None:
 
     @jax.jit
     def settle(x: jax.Array) -> Any:
-        phases = ep.Phases(free=200)
+        phases = ep.Phases(free=200, sweep="synchronous")
         return ep.free_phase(params, spec, x, phases, trace=lambda seen: seen.residual)
 
     state, info = settle(xs[0])
@@ -288,19 +288,22 @@ def test_distance_to_rates_falls_with_the_quantum() -> None:
     )
     params, (xs, _) = make_params(spec, seed=1, gain=0.7), make_batch(spec, 2)
     distance = jax.jit(diagnostics.distance_to_rate, static_argnames=("spec", "phases"))
-    none = distance(params, rate, xs, ep.Phases(free=150))
+    none = distance(params, rate, xs, ep.Phases(free=150, sweep="synchronous"))
     assert float(none.rms.max()) < 1e-13
     sweeps, found = (30, 60), []
     for free in sweeps:
-        found.append(distance(params, spec, xs, ep.Phases(free=free)))
+        found.append(distance(params, spec, xs, ep.Phases(free=free, sweep="synchronous")))
         assert float(found[-1].info.spikes[0]) > 1
     # An error of some part of a quantum: it falls by 0.8^30 = 1 / 800, but for that part.
     falls = np.asarray(found[1].rms / found[0].rms) / 0.8**30
     assert falls.max() < 5, falls
     assert falls.min() > 0.2, falls
     states, fixed = (
-        jax.jit(jax.vmap(lambda x, s=s, n=n: ep.free_phase(params, s, x, ep.Phases(free=n))[0]))(xs)
-        for s, n in ((spec, 30), (rate, 150))
+        jax.jit(jax.vmap(lambda x, s=s, p=p: ep.free_phase(params, s, x, p)[0]))(xs)
+        for s, p in (
+            (spec, ep.Phases(free=30, sweep="synchronous")),
+            (rate, ep.Phases(free=150, sweep="ordered")),
+        )
     )
     rms = [float(jnp.sqrt(jnp.mean((a - b) ** 2))) for a, b in zip(states, fixed, strict=True)]
     size = [float(jnp.sqrt(jnp.mean(b**2))) for b in fixed]

@@ -75,7 +75,7 @@ def test_sweeps_update_layers_in_their_order(sweep: Any) -> None:
 
     @jax.jit
     def both(start: Any) -> Any:
-        phases = ep.Phases(3, 3, sweep=sweep)
+        phases = ep.Phases(3, 3, sweep=sweep, coordinates="absolute")
         _, free = ep.free_phase(params, spec, x, phases, trace=lambda snapshot: snapshot.state)
         nudged = ep.nudged_phase(
             params, spec, x, y, start, beta, phases, trace=lambda snapshot: snapshot.state
@@ -187,7 +187,7 @@ def test_all_sweeps_and_step_sizes_rest_at_one_point(
 
     @jax.jit
     def gaps() -> Any:
-        phases = ep.Phases(400, 400, sweep=sweep)
+        phases = ep.Phases(400, 400, sweep=sweep, coordinates="absolute")
         free, free_info = ep.free_phase(params, spec, x, phases)
         nudged, info = ep.nudged_phase(params, spec, x, y, free, 0.3, phases)
         rests = [
@@ -219,8 +219,11 @@ def test_coordinates_rest_at_one_point(activation: str, feedback: float, cost: A
     spec = small(ep.Rate(activation=activation), feedback, cost=cost)
     # Small weights, as softplus does not saturate; large biases, so that some units do.
     params = make_params(spec, seed=8, gain=0.4, bias=0.6)
-    (xs, ys), phases = make_batch(spec, 1), ep.Phases(300, 300)
-    shifted = ep.Phases(300, 300, coordinates="displacement")
+    xs, ys = make_batch(spec, 1)
+    phases, shifted = (
+        ep.Phases(300, 300, sweep="synchronous", coordinates=kind)
+        for kind in ("absolute", "displacement")
+    )
     x, y = xs[0], one_hot(spec, ys)[0]
 
     @jax.jit
@@ -273,7 +276,7 @@ def test_signals_are_rounded_and_states_are_not() -> None:
     spec = ep.NetworkSpec((6,), (ep.Dense(6), ep.Dense(6)), ep.Rate(), feedback=0.5)
     identity = {"w": jnp.eye(6), "b": jnp.zeros(6)}
     params, x = (identity, identity), jnp.asarray(np.random.default_rng(0).uniform(0.1, 0.4, 6))
-    phases = ep.Phases(150, 9, 1e-3, coordinates="displacement", nudged_signals="bfloat16")
+    phases = ep.Phases(150, 9, 1e-3, sweep="synchronous", nudged_signals="bfloat16")
 
     def rounded(values: Any) -> np.ndarray:
         return np.asarray(values).astype(jnp.bfloat16).astype(np.float64)
@@ -342,7 +345,8 @@ def test_spiking_neurons_start_with_receivers_that_know_the_state(neuron: Any) -
     spec, rate = small(neuron, 0.5, layers), small(ep.Rate(), 0.5, layers)
     params, (xs, _) = make_params(spec, gain=0.8), make_batch(spec, 1)
     fixed, _ = ep.free_phase(params, rate, xs[0], ep.Phases(free=200))
-    state, info = ep.free_phase(params, spec, xs[0], ep.Phases(free=1), start=fixed)
+    one = ep.Phases(free=1, sweep="synchronous")
+    state, info = ep.free_phase(params, spec, xs[0], one, start=fixed)
     assert float(info.residual) < 1e-13
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-13), state, fixed)
 
@@ -377,7 +381,7 @@ def test_energy_never_rises(sweep: Any, epsilon: float, pool: Any) -> None:
 
     @jax.jit
     def traces() -> Any:
-        phases = ep.Phases(60, 60, sweep=sweep)
+        phases = ep.Phases(60, 60, sweep=sweep, coordinates="absolute")
         free, info = ep.free_phase(
             params, spec, x, phases, trace=lambda seen: ep.energy(params, spec, x, seen.state)
         )
@@ -401,7 +405,7 @@ def test_info_is_what_the_trace_shows() -> None:
     """Changes or counts of another sweep, of one layer only, or in the wrong unit."""
     spec = small(ep.Rate(0.5), 0.5)
     params, (xs, _) = make_params(spec), make_batch(spec, 1)
-    displaced = ep.Phases(7, 3, coordinates="displacement")
+    displaced = ep.Phases(7, 3, sweep="synchronous", coordinates="displacement")
 
     def look(snapshot: Any) -> Any:
         return snapshot.state, snapshot.step, snapshot.residual
@@ -467,7 +471,7 @@ def bernoulli_gap(sweep: Any) -> tuple[float, float]:
 
     @jax.jit
     def nudged(beta: jax.Array, key: jax.Array) -> Any:
-        phases = ep.Phases(10, 10, sweep=sweep)
+        phases = ep.Phases(10, 10, sweep=sweep, coordinates="absolute")
         return ep.nudged_phase(params, spec, xs[0], ys[0], free, beta, phases, key)[0]
 
     keys, beta = jax.random.split(jax.random.key(3)), jnp.asarray(1e-9)
@@ -558,7 +562,7 @@ def test_a_neuron_model_of_ones_own() -> None:
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), list(free), drives(told)
     )
-    absolute = ep.Phases(60, 60, 0.1, sweep="ordered")
+    absolute = ep.Phases(60, 60, 0.1, sweep="ordered", coordinates="absolute")
     displaced = ep.Phases(60, 60, 0.1, sweep="ordered", coordinates="displacement")
     fine = small(CoarseRate(2.0**40), 0.3, layers)
     rates = small(ep.Rate(), 0.3, layers)

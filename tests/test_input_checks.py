@@ -12,6 +12,7 @@ import pytest
 
 import ep_jax as ep
 from ep_jax import presets
+from ep_jax.phases import optimal_relaxation
 from ep_jax.pruning import prune
 
 SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(4), ep.Dense(3)), ep.Rate())
@@ -25,6 +26,7 @@ X: Any = np.zeros((6, 6, 1), np.float32)
 XS, YS = np.zeros((5, 6, 6, 1), np.float32), np.array([0, 1, 2, 1, 0])
 MAX_POOLED = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3, "max"), ep.Dense(4), ep.Dense(3)), ep.Rate())
 NOISY = ep.NetworkSpec((6, 6, 1), SPEC.layers, ep.Bernoulli())
+FIRING = ep.NetworkSpec((6, 6, 1), SPEC.layers, ep.IntegrateFire())
 PHASES = ep.Phases(2, 2)
 
 # Choices are checked at run time, where no type checker looks.
@@ -204,7 +206,50 @@ CASES: dict[str, Case] = {
     "random signs without a key": (
         lambda: gradient(phases=Phases(2, 2, estimator="random_sign")), ValueError,
         ("key ", "None", "random key", "random_sign")),
+    "a relaxation of two": (
+        lambda: Phases(relaxation=2.0), ValueError, ("Phases.relaxation ", "2.0", "below 2")),
+    "a relaxation of zero": (
+        lambda: Phases(relaxation=0.0), ValueError, ("Phases.relaxation ", "0.0", "(0, inf]")),
+    "over-relaxed synchronous sweeps": (
+        lambda: Phases(relaxation=1.2, sweep="synchronous"), ValueError,
+        ("Phases.relaxation ", "1.2", "'synchronous'", "at most 1", "'ordered'")),
+    "over-relaxed spike trains": (
+        lambda: free(spec=FIRING, phases=Phases(relaxation=1.2)), ValueError,
+        ("phases.relaxation ", "1.2", "expected 1", "IntegrateFire")),
+    "a tolerance of nothing": (
+        lambda: Phases(tolerance=0.0), ValueError, ("Phases.tolerance ", "0.0", "(0, inf]")),
+    "stragglers without further sweeps": (
+        lambda: Phases(stragglers=0.25), ValueError,
+        ("Phases.stragglers ", "0.25", "free_more 0", "or neither")),
+    "further sweeps of no stragglers": (
+        lambda: Phases(nudged_more=4), ValueError,
+        ("Phases.stragglers ", "0.0", "nudged_more 4", "or neither")),
+    "all of a batch as stragglers": (
+        lambda: Phases(stragglers=1.0, free_more=3), ValueError,
+        ("Phases.stragglers ", "1.0", "less than 1")),
+    "a limit on states": (
+        lambda: Phases(limit=3.0, coordinates="absolute"), ValueError,
+        ("Phases.limit ", "3.0", "'absolute'", "'displacement'")),
+    **{
+        f"a nudge that is lost in rounding, {name}": (
+            lambda call=call: call(phases=Phases(2, 2, 1e-6, coordinates="absolute")), ValueError,
+            ("beta ", "1e-06", "lowest of 3 layers", "float32", "'displacement'"))
+        for name, call in {
+            "gradient": gradient, "phase": lambda **other: nudged(beta=1e-6, **other),
+        }.items()
+    },
+    "the optimum for what is no contraction": (
+        lambda: optimal_relaxation(1.0), ValueError, ("radius ", "1.0", "less than 1")),
     # The settings of each gradient.
+    **{
+        f"BPTT of {name} sweeps": (
+            lambda phases=phases: gradient(of=ep.bptt_gradient, phases=phases), ValueError,
+            (f"phases.{setting} ", "expected", "through time"))
+        for name, setting, phases in (
+            ("unknown numbers of", "tolerance", Phases(tolerance=1e-3)),
+            ("different numbers of", "stragglers", Phases(stragglers=0.5, free_more=3)),
+        )
+    },
     "no sweeps tracked": (
         lambda: gradient(tracked=0, of=ep.bptt_gradient), ValueError,
         ("tracked ", "0", "at least 1")),
@@ -222,10 +267,12 @@ CASES: dict[str, Case] = {
         ("max_sweeps ", "0", "at least 1")),
     # Diagnostics.
     "GDU curves of other sweeps": (
-        lambda: gradient(phases=Phases(2, 2, sweep="alternating"), of=ep.diagnostics.gdu),
+        lambda: gradient(
+            phases=Phases(2, 2, sweep="alternating", coordinates="absolute"),
+            of=ep.diagnostics.gdu),
         ValueError, ("phases ", "'alternating'", "'synchronous'")),
     "GDU curves of displacements": (
-        lambda: gradient(phases=Phases(2, 2, coordinates="displacement"), of=ep.diagnostics.gdu),
+        lambda: gradient(phases=Phases(2, 2, sweep="synchronous"), of=ep.diagnostics.gdu),
         ValueError, ("phases ", "'displacement'", "'absolute'")),
     "no power iterations": (
         lambda: ep.diagnostics.spectral_radius(PARAMS, SPEC, X, STATE, iterations=0), ValueError,
@@ -233,6 +280,12 @@ CASES: dict[str, Case] = {
     "contractivity from nowhere": (
         lambda: ep.diagnostics.contractivity(PARAMS, SPEC, jnp.asarray(XS), starts=0), ValueError,
         ("starts ", "0", "at least 1")),
+    "recurrence of one image": (
+        lambda: ep.diagnostics.recurrence(PARAMS, SPEC, jnp.asarray(XS[:1])), ValueError,
+        ("xs ", "one example", "two or more")),
+    "phases that settle nothing": (
+        lambda: ep.diagnostics.suggest_phases(PARAMS, SPEC, jnp.asarray(XS), tolerance=0.0),
+        ValueError, ("tolerance ", "0.0", "(0, inf]")),
     # Runs.
     "an unknown gradient": (
         lambda: Config(gradient="adam"), ValueError, ("gradient ", "'adam'", "'bptt'")),
@@ -318,6 +371,14 @@ CASES: dict[str, Case] = {
         lambda: ep.DeltaCode(decay=1.1), ValueError, ("DeltaCode.decay ", "1.1", "(0, 1]")),
     "a negative lag": (
         lambda: ep.DeltaCode(lag=-1.0), ValueError, ("DeltaCode.lag ", "-1.0", "[0, inf]")),
+    "an even number of levels": (
+        lambda: DeltaCode(levels=4), ValueError, ("DeltaCode.levels ", "4", "odd")),
+    "one level": (
+        lambda: DeltaCode(levels=1), ValueError, ("DeltaCode.levels ", "1", "at least 3")),
+    "a scale of zero": (
+        lambda: DeltaCode(scale=0.0), ValueError, ("DeltaCode.scale ", "0.0", "(0, inf]")),
+    "a quantum that has to grow": (
+        lambda: DeltaCode(shrink=1.5), ValueError, ("DeltaCode.shrink ", "1.5", "(0, 1]")),
     "a leak that is no switch": (
         lambda: DeltaCode(leak=0.1), ValueError, ("DeltaCode.leak ", "0.1", "True")),
     "a decoder elsewhere": (

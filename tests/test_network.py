@@ -95,7 +95,7 @@ def test_one_step_follows_the_derivative_of_phi(pool: Any, feedback: float, cost
 
     @jax.jit
     def both(state: Any) -> Any:
-        phases = ep.Phases(nudged=1)
+        phases = ep.Phases(nudged=1, sweep="synchronous", coordinates="absolute")
         ours, _ = ep.nudged_phase(params, spec, x, label, state, beta, phases)
         L = len(state)
         drives = [reference_current(params, spec, x, state, l) for l in range(L)]

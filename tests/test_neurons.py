@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -312,6 +313,7 @@ class Sender:
 
     def __init__(self, neuron: Any, s: np.ndarray) -> None:
         self.neuron, self.s, self.known, self.phi = neuron, s, s.copy(), 0.0 * s
+        self.quantum = 0.0
 
     def rates(self, now: int, nudged: bool) -> tuple[float, float]:
         """The step size and leak of the sweep number `now`, counted from 1 through both phases."""
@@ -332,10 +334,19 @@ class Sender:
             self.phi = np.clip(v - quantum * q, -quantum / 2, quantum / 2)
             self.known = (1 - lam) * self.known + lam * quantum * q
             return q
-        leak = delta / error if n.leak else 0.0  # free of the output's error
+        leak = delta / error  # free of the output's error
+        if not n.scheduled:
+            gap = s - self.known
+            energy = (gap**2).sum()
+            size = np.sqrt((gap**4).sum() / energy) if energy else 0.0
+            delta = max(n.scale * size, n.shrink * self.quantum)
+            delta = leak = min(delta, 1.0) if n.leak and not signed else delta
+            self.quantum = delta
+        leak = min(leak, 1.0) if n.leak else 0.0
         kept = (1 - leak) * self.known
-        v = (s - kept) / delta
-        q = 1.0 * (v > 0.5) if n.leak and not signed else np.clip(np.round(v), -1, 1)
+        # A displacement of which nothing is heard yet has no quantum either.
+        v, m = (s - kept) / delta if delta else 0 * s, n.levels // 2
+        q = 1.0 * (v > 0.5) if n.leak and not signed else np.clip(np.round(v), -m, m)
         self.known = kept + delta * q
         return q
 
@@ -398,11 +409,12 @@ def simulate(
                     drive = current(heard, l, 1, alpha) + given[l] + push
                     s = bound[l](s + epsilon * (drive - s))
                 delta = 0.0
-                if isinstance(n, ep.DeltaCode) and nudged:
+                code: Any = n if isinstance(n, ep.DeltaCode) and n.scheduled else None
+                if code and nudged:
                     delta = error * (1.0 if displaced else abs(beta_of[l]))
-                    delta *= n.nudged_quantum * n.nudged_decay**t
-                elif isinstance(n, ep.DeltaCode):
-                    delta = n.quantum * n.decay ** max(0.0, t - n.lag * l)
+                    delta *= code.nudged_quantum * code.nudged_decay**t
+                elif code:
+                    delta = code.quantum * code.decay ** max(0.0, t - code.lag * l)
                 counts[l] = senders[l].send(s, lam, delta, displaced, error)
         states.append([sender.s for sender in senders])
         spikes.append(counts)
@@ -420,6 +432,8 @@ SPIKING = {
     ),
     "delta code": ep.DeltaCode(lag=1.5),
     "leaky delta code": ep.DeltaCode(decay=0.8, leak=True),
+    "self-scaling": ep.DeltaCode(shrink=0.7),
+    "self-scaling, leaky": ep.DeltaCode(leak=True, shrink=0.9, levels=3),
 }
 PHASES = [
     ("sigma-delta", "synchronous", "absolute", 0.3),
@@ -432,6 +446,9 @@ PHASES = [
     ("delta code", "ordered", "displacement", 0.3),
     ("leaky delta code", "synchronous", "absolute", 0.3),
     ("leaky delta code", "alternating", "displacement", 0.3),
+    ("self-scaling", "ordered", "displacement", 0.3),
+    ("self-scaling", "synchronous", "absolute", -0.3),
+    ("self-scaling, leaky", "alternating", "displacement", 0.3),
 ]
 
 
@@ -503,9 +520,10 @@ def test_decoder_may_sit_on_either_side_of_affine_weights() -> None:
         x = jnp.asarray(np.random.default_rng(5).uniform(size=(8, 8, 1)))
 
         def run(spec: Any, pool: Any, params: Any, x: Any) -> Any:
-            runs = [ep.free_phase(params, spec, x, ep.Phases(12), trace=spikes_of)]
+            free = ep.Phases(12, 8, sweep="synchronous")
+            runs = [ep.free_phase(params, spec, x, free, trace=spikes_of)]
             for beta, kind in nudges if pool == "avg" else ():
-                args = params, spec, x, 1, runs[0][0], beta, ep.Phases(12, 8, coordinates=kind)
+                args = params, spec, x, 1, runs[0][0], beta, replace(free, coordinates=kind)
                 runs.append(ep.nudged_phase(*args, trace=spikes_of))
             return [(state, info.trace) for state, info in runs]
 
@@ -574,7 +592,7 @@ def test_delta_coded_network_reaches_the_fixed_point_of_rates() -> None:
     def distance(snapshot: Any) -> jax.Array:
         return jnp.max(jnp.abs(jnp.concatenate(snapshot.state) - fixed))
 
-    phases = ep.Phases(free=steps)
+    phases = ep.Phases(free=steps, sweep="synchronous")
     _, info = ep.free_phase(params, spec, jnp.asarray(x), phases, trace=distance)
     e = c * np.abs(fixed).max()
     for t, seen in enumerate(np.asarray(info.trace)):

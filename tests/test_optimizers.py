@@ -262,6 +262,26 @@ def test_a_cap_leaves_what_is_below_it_alone() -> None:
     assert int(cap_state(state).capped) == 0
 
 
+@pytest.mark.parametrize("name", ["folded", "read-out"])
+def test_links_shrink_by_the_share_of_unsettled_images(name: str) -> None:
+    """Input weights, biases or a read-out that shrink as well; a sign that makes links grow.
+
+    Without a gradient a step takes ``rate * unsettled`` of the links off and nothing else; where
+    all have settled, or nobody says, none.
+    """
+    spec = LINKED[name]
+    params = make_params(spec)
+    optimizer: Any = make_optimizer(spec, SGD(), learning_rate=0.1, steps=9, shrink=0.4)
+    still = jax.tree.map(jnp.zeros_like, params)
+    for told, expected in (({"unsettled": 0.25}, 0.1), ({"unsettled": 0.0}, 0.0), ({}, 0.0)):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = optimizer.update(still, optimizer.init(params), params, **told)
+        for l, (u, p) in enumerate(zip(updates, params, strict=True)):
+            part = expected if 0 < l < spec.depth else 0.0
+            np.testing.assert_allclose(u["w"], -part * p["w"], rtol=1e-12, atol=1e-15)
+            np.testing.assert_array_equal(u["b"], 0.0)
+
+
 def test_dead_links_have_norm_zero_and_wake_up() -> None:
     """A power iteration through a matrix of zeros must keep its vector."""
     spec = LINKED["dense"]

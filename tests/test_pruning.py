@@ -87,7 +87,7 @@ def test_a_unit_that_is_awake_in_passing_counts() -> None:
         {"w": jnp.full((1, 1), w), "b": jnp.full(1, b)}
         for w, b in zip(weights, biases, strict=True)
     )
-    phases = ep.Phases(free=10)
+    phases = ep.Phases(free=10, sweep="synchronous")
     images = np.array([[255], [0], [0], [0]], np.uint8)
     state, _ = ep.free_phase(params, spec, jnp.ones(1), phases)
     assert float(state[0][0]) == 0

@@ -69,6 +69,14 @@ def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     assert result["config"]["seed"] == result["seed"] == 0
     assert result["seconds_per_epoch"] > 0
     assert {"commit", "versions", "device", "test_error", "test_error_4x"} <= result.keys()
+    told = result["recurrence"]
+    assert len(told["share"]) == 3
+    assert all(0 <= told[f"error{what}"] <= 100 for what in ("", "_cut", "_mean", "_other"))
+    assert 0 < told["radius_mean"] <= told["radius_largest"]
+    for m in metrics:
+        assert m["residual"] >= max(m["residuals"]) >= m["mean_residual"] > 0
+        assert 0 <= m["unsettled"] <= 1
+        assert 0 < m["radius"]["mean"] <= m["radius"]["largest"]
     assert {p.stem for p in (finished / "figures").glob("*.png")} == {
         "learning_curve",
         "relaxation",
@@ -315,10 +323,13 @@ def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(training, "make_train_steps", once)
     answers: Any = training._answers
-    before = answers._cache_size()
+    radii: Any = run._contractivity
+    before, looked = answers._cache_size(), radii._cache_size()
     train(dataclasses.replace(TINY, hidden=(11,)), tmp_path / "out")
-    # Validation and test images, and these at four times the sweeps.
-    assert answers._cache_size() - before == 3
+    # Whole batches of validation and test images and what is left of these, and the test images at
+    # four times the sweeps; images of a look after each epoch and of the one for the result.
+    assert answers._cache_size() - before == 1 + 2 + 2
+    assert radii._cache_size() - looked == 2
 
 
 def test_a_run_is_never_overwritten(finished: Path) -> None:

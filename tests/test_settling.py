@@ -35,6 +35,30 @@ def small(neuron: Any, feedback: float = 1.0, layers: Any = LAYERS) -> ep.Networ
     return ep.NetworkSpec((8, 8, 1), layers, neuron, feedback=feedback)
 
 
+def dense(neuron: Any, feedback: float = 1.0) -> ep.NetworkSpec:
+    """Three layers that compile fast."""
+    return ep.NetworkSpec((5,), (ep.Dense(8), ep.Dense(6), ep.Dense(3)), neuron, feedback=feedback)
+
+
+def alive(spec: ep.NetworkSpec, gain: float = 0.6, seed: int = 2) -> Any:
+    """Parameters with which most hidden units are neither 0 nor 1, so that all layers count.
+
+    At full feedback `small` and `dense` have a radius of .8 to .9.
+    """
+    params = make_params(spec, seed, gain, bias=0.1)
+    return (*({"w": p["w"], "b": p["b"] + 0.4} for p in params[:-1]), params[-1])
+
+
+def chain(seed: int, radius: float) -> tuple[ep.NetworkSpec, Any]:
+    """A linear network whose synchronous relaxation has this radius: it grows with the weights."""
+    linear = ep.Rate(activation="linear")
+    spec = ep.NetworkSpec((3,), (ep.Dense(5), ep.Dense(4), ep.Dense(3)), linear)
+    params = make_params(spec, seed)
+    system = LinearNetwork(params, 1.0, np.zeros(3), np.zeros(3))
+    factor = radius / np.abs(np.linalg.eigvals(system.M)).max()
+    return spec, tuple({"w": factor * p["w"], "b": p["b"]} for p in params)
+
+
 # Over-relaxation.
 
 
@@ -43,7 +67,7 @@ def small(neuron: Any, feedback: float = 1.0, layers: Any = LAYERS) -> ep.Networ
 def test_over_relaxation_rests_at_the_same_point(neuron: Any, sweep: Any) -> None:
     """A step that moves the fixed point: free, and nudged in both coordinates."""
     spec = small(neuron, 0.6)
-    params, (xs, ys) = make_params(spec, gain=0.7), make_batch(spec, 2)
+    params, (xs, ys) = alive(spec), make_batch(spec, 2)
     plain = ep.Phases(300, 300, 0.2, "symmetric", sweep, "absolute")
 
     @jax.jit
@@ -82,14 +106,10 @@ def test_youngs_optimum_shrinks_errors_by_omega_minus_one() -> None:
     A linear chain: the synchronous matrix has radius rho; ordered sweeps shrink errors by rho^2,
     over-relaxed ones at the optimum by omega - 1 (times a factor linear in the sweeps).
     """
-    spec = ep.NetworkSpec(
-        (3,), (ep.Dense(5), ep.Dense(4), ep.Dense(3)), ep.Rate(activation="linear")
-    )
-    params = make_params(spec, seed=3, gain=0.75)
+    rho = 0.95
+    spec, params = chain(seed=3, radius=rho)
     x, y = jnp.asarray([0.3, -0.2, 0.5]), np.zeros(3)
     system = LinearNetwork(params, 1.0, np.asarray(x), y)
-    rho = float(np.abs(np.linalg.eigvals(system.M)).max())
-    assert 0.9 < rho < 0.99
     omega, rest = optimal_relaxation(rho), system.rest(0.0)
 
     def errors(relaxation: float, sweeps: int) -> np.ndarray:
@@ -107,31 +127,6 @@ def test_youngs_optimum_shrinks_errors_by_omega_minus_one() -> None:
     assert np.argmax(young < 1e-6 * young[0]) * 3 < np.argmax(errors(1.0, 400) < 1e-6 * gauss[0])
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"relaxation": 2.0, "sweep": "ordered"}, r"Phases.relaxation is 2.0; expected .* below 2"),
-        ({"relaxation": 0.0}, r"Phases.relaxation is 0"),
-        ({"relaxation": 1.2, "sweep": "synchronous"}, r"Phases.relaxation is 1.2 .*'alternating'"),
-        ({"tolerance": 0.0}, r"Phases.tolerance is 0"),
-        ({"stragglers": 0.25}, r"Phases.stragglers is 0.25, free_more 0 .*or neither"),
-        ({"stragglers": 1.0, "free_more": 3}, r"Phases.stragglers is 1.0; expected a share"),
-        ({"limit": 3.0, "coordinates": "absolute"}, r"Phases.limit is 3.0 .*'displacement'"),
-    ],
-)
-def test_settings_without_meaning_are_refused(settings: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        ep.Phases(**settings)
-
-
-def test_what_has_no_step_is_not_over_relaxed() -> None:
-    """Integrate-and-fire, whose state is a trace of spikes."""
-    spec = small(ep.IntegrateFire())
-    params, (xs, _) = make_params(spec), make_batch(spec, 1)
-    with pytest.raises(ValueError, match=r"relaxation is 1.2; expected 1 with IntegrateFire"):
-        ep.free_phase(params, spec, xs[0], ep.Phases(relaxation=1.2, sweep="ordered"))
-
-
 # Residuals.
 
 
@@ -139,8 +134,10 @@ def test_what_has_no_step_is_not_over_relaxed() -> None:
 def test_residuals_are_those_of_the_rate_map(feedback: float) -> None:
     """The change of a sweep instead; another layer's; one that is weighted by ``alpha^(L - l)``."""
     spec = small(ep.DeltaCode(), feedback)
-    params, (xs, ys) = make_params(spec), make_batch(spec, 1)
-    state, info = ep.free_phase(params, spec, xs[0], ep.Phases(4, sweep="ordered"))
+    params, (xs, ys) = alive(spec), make_batch(spec, 1)
+    settle = jax.jit(ep.free_phase, static_argnames=("spec", "phases"))
+    nudge = jax.jit(ep.nudged_phase, static_argnames=("spec", "phases"))
+    state, info = settle(params, spec, xs[0], ep.Phases(4, sweep="ordered"))
     clip: Any = lambda i, l: i if l == 3 else jnp.clip(i, 0, 1)  # noqa: E731
     swept = [clip(reference_current(params, spec, xs[0], state, l), l) for l in range(spec.depth)]
     expected = [
@@ -148,22 +145,25 @@ def test_residuals_are_those_of_the_rate_map(feedback: float) -> None:
         for f, s in zip(swept, state, strict=True)
     ]
     np.testing.assert_allclose(info.residuals, expected, rtol=1e-10)
+    assert min(expected) > 1e-3
+    assert len(set(map(float, info.residuals))) == 4
     assert info.residual == max(info.residuals) == info.mean_residual
     # A displacement's, and the same of absolute coordinates: relative to what the nudge moved.
     found = []
     for coordinates in ("absolute", "displacement"):
-        phases = ep.Phases(60, 3, 1e-3, sweep="ordered", coordinates=coordinates)
+        phases = ep.Phases(400, 1, 1e-3, sweep="ordered", coordinates=coordinates)
         rates = replace(spec, neuron=ep.Rate())
-        free, _ = ep.free_phase(params, rates, xs[0], replace(phases, free=400))
-        found.append(ep.nudged_phase(params, rates, xs[0], ys[0], free, 1e-3, phases)[1])
-    np.testing.assert_allclose(found[0].residuals, found[1].residuals, rtol=1e-5)
+        free, _ = settle(params, rates, xs[0], replace(phases, coordinates="absolute"))
+        found.append(nudge(params, rates, xs[0], ys[0], free, 1e-3, phases)[1])
+    # The lowest layer has moved by beta alpha^3 = 1e-6 of a state of order one, to 1e-16.
+    np.testing.assert_allclose(found[0].residuals, found[1].residuals, rtol=1e-6, atol=1e-9)
     assert found[0].residual > 1e-3
 
 
 def test_a_batch_tells_its_worst_example() -> None:
     """One unsettled example among many, lost in a mean."""
-    spec = small(ep.Rate())
-    params, (xs, ys) = make_params(spec, gain=0.8), make_batch(spec, 8)
+    spec = dense(ep.Rate())
+    params, (xs, ys) = alive(spec), make_batch(spec, 8)
     phases = ep.Phases(6, 6, 0.01, "one_sided", **DISPLACED)
     _, batch = gradient(params, spec, xs, ys, phases)
     alone = [gradient(params, spec, xs[i : i + 1], ys[i : i + 1], phases)[1] for i in range(8)]
@@ -183,16 +183,19 @@ def test_a_frozen_code_is_found_out() -> None:
     The scheduled quantum halves each sweep, faster than the state settles, until it is none.
     """
     spec = small(ep.DeltaCode(quantum=0.5, decay=0.3, lag=0.0))
-    params, (xs, _) = make_params(spec, gain=0.9), make_batch(spec, 1)
-    phases = ep.Phases(200, sweep="ordered")
-    state, info = ep.free_phase(params, spec, xs[0], phases)
-    rest, _ = ep.free_phase(params, replace(spec, neuron=ep.Rate()), xs[0], phases)
+    params, (xs, _) = alive(spec), make_batch(spec, 1)
+    phases, settle = (
+        ep.Phases(250, sweep="ordered"),
+        jax.jit(ep.free_phase, static_argnames=("spec", "phases")),
+    )
+    state, info = settle(params, spec, xs[0], phases)
+    rest, _ = settle(params, replace(spec, neuron=ep.Rate()), xs[0], phases)
     away = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(state, rest, strict=True)]
     assert max(away) > 0.05
     assert float(info.moving) == 0
     assert float(info.residual) > 0.02
     # The quantum that scales itself ends where the rates do.
-    coded, info = ep.free_phase(params, replace(spec, neuron=ep.DeltaCode()), xs[0], phases)
+    coded, info = settle(params, replace(spec, neuron=ep.DeltaCode()), xs[0], phases)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), coded, rest)
     assert float(info.residual) < 1e-7
 
@@ -200,7 +203,7 @@ def test_a_frozen_code_is_found_out() -> None:
 def test_a_nudge_that_has_not_arrived_is_told() -> None:
     """Two synchronous sweeps reach two layers: the gradients below are zero, and nobody said so."""
     spec = small(ep.Rate(), 0.002)
-    params, (xs, ys) = make_params(spec, gain=0.8), make_batch(spec, 3)
+    params, (xs, ys) = alive(spec), make_batch(spec, 3)
     phases = ep.Phases(40, 2, 0.1, "one_sided", "synchronous", "displacement")
     grads, info = gradient(params, spec, xs, ys, phases)
     assert [float(jnp.abs(g["w"]).max()) > 0 for g in grads] == [False, False, True, True]
@@ -214,9 +217,12 @@ def test_a_nudge_that_has_not_arrived_is_told() -> None:
 
 @pytest.mark.parametrize("neuron", [ep.Rate(), ep.DeltaCode()])
 def test_a_phase_stops_at_its_tolerance(neuron: Any) -> None:
-    """A limit on the output alone, one that is never reached, or sweeps that are not told."""
-    spec = small(neuron)
-    params, (xs, ys) = make_params(spec, gain=0.8), make_batch(spec, 4)
+    """A limit on the output alone, one that is never reached, or sweeps that are not told.
+
+    Of 398 sweeps, looked at every four and after the last, the first look is after two.
+    """
+    spec = dense(neuron)
+    params, (xs, ys) = alive(spec), make_batch(spec, 4)
     endless = ep.Phases(398, 201, 0.05, "one_sided", **DISPLACED)
     loose = replace(endless, tolerance=1e-3)
     _, info = gradient(params, spec, xs, ys, loose)
@@ -226,90 +232,130 @@ def test_a_phase_stops_at_its_tolerance(neuron: Any) -> None:
         assert 4 <= float(phase.sweeps) < most / 2
 
     @jax.jit
-    def one(x: Any) -> Any:
-        return ep.free_phase(params, spec, x, loose)
+    @jax.vmap
+    def look(x: Any) -> Any:
+        _, ended = ep.free_phase(params, spec, x, loose)
+        _, seen = ep.free_phase(params, spec, x, replace(endless, free=98), None, lambda s: s.state)
+        swept = jax.vmap(
+            lambda s: [reference_current(params, spec, x, s, l) for l in range(spec.depth)]
+        )(seen.trace)
+        return ended.sweeps, seen.trace, swept
 
-    infos = [one(x)[1] for x in xs]
-    np.testing.assert_allclose(info.free.sweeps, np.mean([i.sweeps for i in infos]))
-    for x, i in zip(xs, infos, strict=True):
-        # Four sweeps less were not enough: the look before was above.
-        fewer = replace(endless, free=int(i.sweeps) - 4)
-        assert float(ep.free_phase(params, spec, x, fewer)[1].residual) >= 1e-3
+    sweeps, states, drives = look(xs)
+    np.testing.assert_allclose(info.free.sweeps, np.mean(sweeps))
+    drives = [*(np.clip(d, 0, 1) for d in drives[:-1]), drives[-1]]
+    residuals = [
+        np.linalg.norm(d - s, axis=-1) / np.linalg.norm(s, axis=-1)
+        for d, s in zip(drives, map(np.asarray, states), strict=True)
+    ]
+    looks = np.arange(2, 98, 4)
+    settled = np.max(residuals, axis=0)[:, looks - 1] < 1e-3
+    np.testing.assert_array_equal(sweeps, looks[settled.argmax(1)])
+    assert settled[:, -1].all()
     _, info = gradient(params, spec, xs, ys, replace(endless, free=6, tolerance=1e-12))
     assert float(info.free.sweeps) == 6
-
-
-@pytest.mark.parametrize("setting", [{"tolerance": 1e-3}, {"stragglers": 0.5, "free_more": 3}])
-def test_bptt_wants_a_known_number_of_sweeps(setting: Any) -> None:
-    spec = small(ep.Rate())
-    params, (xs, ys) = make_params(spec), make_batch(spec, 2)
-    with pytest.raises(ValueError, match=rf"phases.{next(iter(setting))} is .*time"):
-        ep.bptt_gradient(params, spec, xs, ys, ep.Phases(**setting))
 
 
 # Stragglers.
 
 
+CONSTANT: Any = {"epsilon_power": 0.0, "epsilon_floor": 0.0}
+
+
 @pytest.mark.parametrize(
-    "neuron", [ep.Rate(), ep.DeltaCode(), ep.SigmaDelta(), ep.Bernoulli(), ep.IntegrateFire()]
+    "neuron",
+    [
+        ep.Rate(epsilon_power=0.3),
+        ep.DeltaCode(),
+        ep.DeltaCode(decay=0.8),
+        ep.SigmaDelta(lam_power=0.0, **CONSTANT),
+        ep.Bernoulli(**CONSTANT),
+        ep.IntegrateFire(),
+    ],
+    ids=str,
 )
 def test_stragglers_go_on_where_they_were(neuron: Any) -> None:
-    """Examples mixed up, a code that begins anew, a clock that does, a mean over other sweeps.
+    """A code that begins anew, a clock or random numbers that do, a mean over other sweeps.
 
-    With all examples but one as stragglers, all but one are as after all sweeps at once.
+    With all examples as stragglers, everything is as with all sweeps at once. (A schedule that
+    counts on through the nudged phase counts the sweeps that all make: none here does.)
     """
-    spec = small(neuron, 0.5)
-    params, (xs, ys) = make_params(spec, gain=0.8), make_batch(spec, 4)
-    key = jax.random.key(3)
-    some = ep.Phases(
-        5, 4, 0.05, "one_sided", stragglers=0.7, free_more=7, nudged_more=6, **DISPLACED
+    spec = dense(neuron, 0.5)
+    params, (xs, ys) = alive(spec), make_batch(spec, 3)
+    every = ep.Phases(12, 10, 0.05, "one_sided", **DISPLACED)
+    on = replace(every, free=5, nudged=4, stragglers=0.99, free_more=7, nudged_more=6)
+    at_once, resumed = (
+        gradient(params, spec, xs, ys, phases, jax.random.key(3)) for phases in (every, on)
     )
-    every = replace(some, free=12, nudged=10, stragglers=0.0, free_more=0, nudged_more=0)
-    _, info = gradient(params, spec, xs, ys, some, key)
-    np.testing.assert_allclose(info.free.sweeps, (5 + 3 * 12) / 4)
-    assert info.nudged is not None
-    np.testing.assert_allclose(info.nudged.sweeps, (4 + 3 * 10) / 4)
-    _, full = gradient(params, spec, xs, ys, every, key)
-    _, few = gradient(params, spec, xs, ys, replace(every, free=5), key)
-    late = np.isclose(info.output, full.output, atol=1e-12).all(1)
-    early = np.isclose(info.output, few.output, atol=1e-12).all(1)
-    assert (late.sum(), early.sum()) == (3, 1)
-    assert (late ^ early).all()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), resumed, at_once)
+    assert float(resumed[1].free.sweeps) == 12
 
 
 def test_the_least_settled_are_the_stragglers() -> None:
-    """The best settled ones, or those of another phase."""
-    spec = small(ep.Rate())
-    params, (xs, ys) = make_params(spec, gain=0.8), make_batch(spec, 8)
-    phases = ep.Phases(4, 30, 0.05, "one_sided", **DISPLACED)
-    found = [gradient(params, spec, xs[i : i + 1], ys[i : i + 1], phases)[1] for i in range(8)]
-    slow = np.argsort([float(one.free.residual) for one in found])[-2:]
-    more = replace(phases, stragglers=0.25, free_more=9)
+    """The best settled ones, examples mixed up, or those of another phase.
+
+    After four sweeps the two worst of eight go on for nine, and of the nudged phase (in which
+    others may be the worst) the two worst for six.
+    """
+    spec = dense(ep.Rate())
+    params, (xs, ys) = alive(spec), make_batch(spec, 8)
+    few = ep.Phases(4, 3, 0.05, "one_sided", **DISPLACED)
+    more = replace(few, stragglers=0.25, free_more=9, nudged_more=6)
+
+    @jax.jit
+    def alone(x: Any, y: Any) -> Any:
+        found = []
+        for free in (4, 13):
+            state, info = ep.free_phase(params, spec, x, replace(few, free=free))
+            nudged = [
+                ep.nudged_phase(params, spec, x, y, state, 0.05, replace(few, nudged=n))[1]
+                for n in (3, 9)
+            ]
+            found.append((state[-1], info.residual, [i.residual for i in nudged]))
+        return found
+
+    short, long = jax.vmap(alone)(xs, ys)
     _, info = gradient(params, spec, xs, ys, more)
-    moved = ~np.isclose(info.output, np.concatenate([one.output for one in found]), atol=1e-9).all(
-        1
-    )
-    assert set(np.flatnonzero(moved)) == set(slow)
+    slow = np.argsort(short[1])[-2:]
+    late = np.isin(np.arange(8), slow)
+    output = np.where(late[:, None], long[0], short[0])
+    np.testing.assert_allclose(info.output, output, atol=1e-12)
+    assert (np.abs(long[0] - short[0]).max(1) > 1e-4).all()
+    np.testing.assert_allclose(info.free.residual, np.where(late, long[1], short[1]).max())
+    np.testing.assert_allclose(info.free.sweeps, (6 * 4 + 2 * 13) / 8)
+    # The nudged phase starts from these, and has stragglers of its own.
+    three, nine = (np.where(late, a, b) for a, b in zip(long[2], short[2], strict=True))
+    nudged_late = np.isin(np.arange(8), np.argsort(three)[-2:])
+    assert info.nudged is not None
+    expected = np.where(nudged_late, nine, three)
+    np.testing.assert_allclose(info.nudged.residual, expected.max(), rtol=1e-9)
+    np.testing.assert_allclose(info.nudged.mean_residual, expected.mean(), rtol=1e-9)
+    np.testing.assert_allclose(info.nudged.sweeps, (6 * 3 + 2 * 9) / 8)
 
 
 # Weak feedback, deep networks, low precision.
 
 
 @pytest.mark.parametrize(
-    ("depth", "dtype", "worst"), [(20, jnp.float32, 1e-4), (4, jnp.float16, 0.02)]
+    ("depth", "dtype", "beta", "worst"),
+    [(17, jnp.float32, 1e-3, 1e-4), (4, jnp.float16, 0.03, 0.02)],
 )
-def test_weak_feedback_underflows_nowhere(depth: int, dtype: Any, worst: float) -> None:
+def test_weak_feedback_underflows_nowhere(
+    depth: int, dtype: Any, beta: float, worst: float
+) -> None:
     """Units that are rounded to 0: gradients of 0 or NaN in the lowest layers, without a word.
 
-    At alpha = .002 the lowest of 20 layers moves by 1e-52 under the nudge. In the limit of weak
-    feedback the gradient is that of back-propagation, here in float64.
+    At alpha = .002 the lowest of 17 layers moves by 1e-46 under the nudge. In the limit of weak
+    feedback the gradient is that of back-propagation, here in float64, and the symmetric estimate
+    ``1 / (1 - beta^2)`` of it.
     """
     spec = ep.NetworkSpec(
         (6,), (ep.Dense(8),) * (depth - 1) + (ep.Dense(3),), ep.Rate(), feedback=0.002
     )
-    params, (xs, ys) = make_params(spec, seed=1, bias=0.5), make_batch(spec, 5)
-    phases = ep.Phases(4, 3, 0.1, "symmetric", **DISPLACED)
-    exact = ep.bptt_gradient(params, spec, xs, ys, ep.Phases(60, sweep="ordered"))[0]
+    params, (xs, ys) = alive(spec), make_batch(spec, 5)
+    phases = ep.Phases(4, 3, beta, "symmetric", **DISPLACED)
+    back = jax.jit(ep.bptt_gradient, static_argnames=("spec", "phases"))
+    exact = back(params, spec, xs, ys, ep.Phases(12, sweep="ordered"))[0]
     less = jax.tree.map(lambda a: a.astype(dtype), (params, xs))
     grads, info = gradient(less[0], spec, less[1], ys, phases)
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
@@ -355,19 +401,26 @@ def test_the_energy_weighted_quantum_bounds_the_gap() -> None:
 )
 def test_a_self_scaling_code_learns_what_rates_do(code: Any) -> None:
     """A code that freezes, or one that is fine in the free phase alone; every loss scale."""
-    spec = small(code)
-    params, (xs, ys) = make_params(spec, gain=0.8), make_batch(spec, 4)
+    spec = dense(code)
+    *hidden, last = alive(spec)
+    # Answers within [0, 1]: a binary code has no other values.
+    params = (*hidden, {"w": 0.3 * last["w"], "b": last["b"] + 0.4})
+    xs, ys = make_batch(spec, 4)
     exact = exact_gradient(params, replace(spec, neuron=ep.Rate()), xs, ys, 200)
     phases = ep.Phases(120, 80, 1e-3, "one_sided", **DISPLACED)
     grads, info = gradient(params, spec, xs, ys, phases)
     assert min(cosine(g, e) for g, e in zip(grads, exact, strict=True)) > 0.99
+    assert 0 < float(info.output.min()) < float(info.output.max()) < 1
     assert float(info.free.residual) < 0.02
 
 
 def test_a_schedule_ends_at_rounding() -> None:
-    """1/delta overflows after 175 sweeps at a decay of .6: BPTT was NaN, and spikes were noise."""
-    spec = small(ep.DeltaCode(quantum=0.7, decay=0.6))
-    params, (xs, ys) = make_params(spec, gain=0.5), make_batch(spec, 2)
+    """1/delta overflows after 175 sweeps at a decay of .6: BPTT was NaN, and spikes were noise.
+
+    At weak feedback the state settles faster than the quantum shrinks, so nothing is left to tell.
+    """
+    spec = dense(ep.DeltaCode(quantum=0.7, decay=0.6), 0.1)
+    params, (xs, ys) = alive(spec), make_batch(spec, 2)
     single: Any = jax.tree.map(lambda a: a.astype(jnp.float32), (params, xs))
     run = jax.jit(ep.bptt_gradient, static_argnames=("spec", "phases"))
     short, long = (
@@ -376,21 +429,7 @@ def test_a_schedule_ends_at_rounding() -> None:
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(long[0]))
     assert min(cosine(a, b) for a, b in zip(short[0], long[0], strict=True)) > 0.999
     spikes = [np.asarray(info.free.spikes) for _, info in (short, long)]
-    np.testing.assert_allclose(spikes[0], spikes[1], rtol=0.6)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"levels": 4}, "DeltaCode.levels is 4; expected an odd number"),
-        ({"levels": 1}, "DeltaCode.levels is 1; expected an integer of at least 3"),
-        ({"scale": 0.0}, "DeltaCode.scale is 0"),
-        ({"shrink": 1.5}, "DeltaCode.shrink is 1.5"),
-    ],
-)
-def test_codes_without_meaning_are_refused(settings: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        ep.DeltaCode(**settings)
+    np.testing.assert_allclose(spikes[1], spikes[0], atol=1)
 
 
 # What one example may contribute.
@@ -411,8 +450,8 @@ def test_the_limit_scales_what_is_far_beyond_the_median() -> None:
         limited[0], np.array([1.0, 2.0, 4.0, 6.0])[:, None] * np.asarray(direction), rtol=1e-12
     )
     assert float(share) == 0.25
-    spec = small(ep.Rate())
-    params, (xs, ys) = make_params(spec, gain=0.8), make_batch(spec, 6)
+    spec = dense(ep.Rate())
+    params, (xs, ys) = alive(spec), make_batch(spec, 6)
     phases = ep.Phases(60, 60, 1e-3, "one_sided", **DISPLACED)
     free, _ = gradient(params, spec, xs, ys, phases)
     wide, info = gradient(params, spec, xs, ys, replace(phases, limit=1e6))
@@ -426,10 +465,8 @@ def test_the_limit_scales_what_is_far_beyond_the_median() -> None:
 
 def test_recurrence_of_a_linear_network_is_a_solve() -> None:
     """Feedback that is not cut, is cut twice, or is another's of the wrong layer."""
-    spec = ep.NetworkSpec(
-        (3,), (ep.Dense(5), ep.Dense(4), ep.Dense(3)), ep.Rate(activation="linear")
-    )
-    params, xs = make_params(spec, gain=0.6), np.random.default_rng(0).uniform(size=(6, 3))
+    spec, params = chain(seed=0, radius=0.9)
+    xs = np.random.default_rng(0).uniform(size=(6, 3))
     system = [LinearNetwork(params, 1.0, x, np.zeros(3)) for x in xs]
     rests = np.array([s.rest(0.0) for s in system])
     up, at = system[0], system[0].at
@@ -459,25 +496,26 @@ def test_recurrence_of_a_linear_network_is_a_solve() -> None:
 
 def test_suggested_phases_settle_every_input() -> None:
     """An omega of another radius; sweeps that are enough for most, or more than are needed."""
-    spec = small(ep.Rate())
-    params, (xs, ys) = make_params(spec, seed=4, gain=0.85), make_batch(spec, 6)
+    spec = dense(ep.Rate())
+    params, (xs, ys) = alive(spec), make_batch(spec, 6)
     phases = diagnostics.suggest_phases(params, spec, xs, tolerance=1e-3)
     radius = float(diagnostics.contractivity(params, spec, xs).radius.max())
     assert phases.relaxation == pytest.approx(optimal_relaxation(radius), abs=1e-6)
 
-    def furthest(sweeps: int) -> float:
-        def away(x: Any) -> Any:
-            state, _ = ep.free_phase(params, spec, x, replace(phases, free=sweeps))
-            rest, _ = ep.free_phase(params, spec, x, diagnostics.SETTLED)
-            gaps = [
-                jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
-                for a, b in zip(state, rest, strict=True)
-            ]
-            return jnp.max(jnp.stack(gaps))
+    @jax.jit
+    @jax.vmap
+    def away(x: Any) -> Any:
+        """The furthest layer after each sweep."""
+        rest, _ = ep.free_phase(params, spec, x, diagnostics.SETTLED)
+        _, info = ep.free_phase(params, spec, x, phases, trace=lambda seen: seen.state)
+        gaps = [
+            jnp.linalg.norm(a - b, axis=-1) / jnp.linalg.norm(b)
+            for a, b in zip(info.trace, rest, strict=True)
+        ]
+        return jnp.max(jnp.stack(gaps), axis=0)
 
-        return float(jnp.max(jax.jit(jax.vmap(away))(xs)))
-
-    assert furthest(phases.free) < 1e-3 <= furthest(phases.free - 1)
+    furthest = np.asarray(away(xs)).max(0)
+    assert furthest[-1] < 1e-3 <= furthest[-2]
     exact = exact_gradient(params, spec, xs, ys, 300)
     grads, _ = gradient(params, spec, xs, ys, replace(phases, beta=1e-4))
     assert min(cosine(g, e) for g, e in zip(grads, exact, strict=True)) > 0.999
@@ -499,7 +537,7 @@ def test_feedback_strength_is_a_change_of_variables() -> None:
     alpha, layers = 0.3, (ep.Dense(5), ep.Dense(4), ep.Dense(3))
     spec = ep.NetworkSpec((3,), layers, ep.Rate(activation="linear"), feedback=alpha)
     twin = replace(spec, feedback=1.0)
-    params, (xs, ys) = make_params(spec, gain=0.7), make_batch(spec, 3)
+    params, (xs, ys) = make_params(spec, gain=0.5), make_batch(spec, 3)
     scale = [alpha ** (-(2 - l) / 2) for l in range(3)]
     links = [scale[0], alpha**0.5, alpha**0.5]
     textbook = tuple(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +27,6 @@ def images_and_labels(count: int = 12) -> tuple[jax.Array, jax.Array]:
         jnp.asarray(rng.integers(0, 256, (count, 6, 6, 1), dtype=np.uint8)),
         jnp.asarray(rng.integers(0, 3, count, dtype=np.int32)),
     )
-
-
-def update(
-    optimizer: optax.GradientTransformation, grads: ep.Params, state: Any, params: ep.Params
-) -> tuple[ep.Params, Any]:
-    """``optimizer.update``, whose updates have the type of the parameters."""
-    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
-        updates, state = optimizer.update(grads, state, params)
-    return cast(ep.Params, updates), state
 
 
 def test_an_epoch_holds_every_example_and_equal_dispatches() -> None:
@@ -198,16 +190,25 @@ def test_every_step_draws_its_own_numbers(drawn: str) -> None:
 
 
 def test_a_training_step_follows_the_gradient_of_the_library() -> None:
-    """One step without augmentation is the optimiser's update with ep_gradient's gradient."""
+    """One step without augmentation is the optimiser's update with ep_gradient's gradient.
+
+    The optimiser is told how many images of the free phase are unsettled.
+    """
     images, labels = images_and_labels(4)
-    optimizer = make_optimizer(SPEC, AdamW(), learning_rate=0.01, steps=5)
+    phases = replace(PHASES, free=3)  # too few
+    optimizer = make_optimizer(SPEC, AdamW(), learning_rate=0.01, steps=5, shrink=0.1)
     state = training.init_train_state(jax.random.key(0), SPEC, optimizer)
-    steps = jax.jit(training.make_train_steps(SPEC, PHASES, optimizer))
+    steps = jax.jit(training.make_train_steps(SPEC, phases, optimizer))
     after, metrics = steps(state, images, labels, jnp.arange(4)[None], jax.random.key(1))
     grads, info = jax.jit(ep.ep_gradient, static_argnames=("spec", "phases"))(
-        state.params, SPEC, to_float(images), labels, PHASES
+        state.params, SPEC, to_float(images), labels, phases
     )
-    updates, _ = update(optimizer, grads, state.opt_state, state.params)
+    assert float(info.free.unsettled) > 0
+    told: Any = optimizer
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        updates, _ = told.update(
+            grads, state.opt_state, state.params, unsettled=info.free.unsettled
+        )
     expected = optax.apply_updates(state.params, updates)
     for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -225,6 +226,20 @@ def test_predictions_are_the_argmax_of_the_free_phase() -> None:
     state, own = settle(to_float(images))
     np.testing.assert_array_equal(answers, np.asarray(state[-1].argmax(-1)))
     np.testing.assert_allclose(info.spikes[0], own.spikes[0].mean(), rtol=1e-5)
+
+
+def test_stragglers_are_found_within_each_batch() -> None:
+    """Eleven images in batches of four and one of three: all of them go on, or some settle less."""
+    images, _ = images_and_labels(11)
+    params = ep.init_params(jax.random.key(2), SPEC)
+    some = replace(PHASES, stragglers=0.9, free_more=4)  # which rounds up to all of a batch
+    long = replace(PHASES, free=12)
+    (answers, info), (expected, at_once) = (
+        training.predict(params, SPEC, phases, images, batch=4) for phases in (some, long)
+    )
+    np.testing.assert_array_equal(answers, expected)
+    assert float(info.sweeps) == 12
+    np.testing.assert_allclose(info.spikes, at_once.spikes, rtol=1e-5)
 
 
 def test_predict_refuses_images_it_would_misread() -> None:
