@@ -22,18 +22,24 @@ from ep_jax.diagnostics import connections
 from ep_jax.gradients.equilibrium import nudges
 from ep_jax.presets import PRESETS, spec_of
 from ep_jax.run import placements
-from ep_jax.training import Augmentation
 
 SHAPE = (28, 28, 1)
 LAYERS = (ep.Conv(32, 5), ep.Conv(64, 5), ep.Dense(128), ep.Dense(10))
 RATE = ep.NetworkSpec(SHAPE, LAYERS, ep.Rate())
 """The textbook's network: rate neurons, feedback 1."""
-TEXTBOOK = ep.Phases(free=50, nudged=10, beta=0.1)
-"""The textbook's phases: synchronous, absolute, symmetric."""
-# A short training has no use for as much variation as the preset's long one, and the time of a step
-# is to be that of its gradient.
-PRESET = replace(PRESETS["mnist"], augmentation=Augmentation(shift=1))
+TEXTBOOK = ep.Phases(
+    free=50,
+    nudged=10,
+    beta=0.1,
+    estimator="symmetric",
+    sweep="synchronous",
+    coordinates="absolute",
+)
+"""The textbook's phases."""
+PRESET = PRESETS["mnist"]
 SPIKING = spec_of(PRESET, SHAPE, 10)
+ALIKE = replace(PRESET.phases, stragglers=0.0, free_more=0, nudged_more=0)
+"""The preset's phases, with as many sweeps for all: BPTT knows no stragglers."""
 
 Gradient = Callable[..., Any]
 
@@ -171,7 +177,8 @@ def lower_bound(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:
 
     Live in the nudged phases are, for each nudge, what the neurons carry and the new states of the
     layers that are updated at once; and what the contrast needs of the free phase: in displacement
-    coordinates its state and currents, in absolute ones its state, unless it cancels.
+    coordinates its state and currents, in absolute ones its state, unless it cancels. Stragglers
+    and residuals come after the sweeps and are not counted.
     """
     params = jax.eval_shape(lambda: ep.init_params(jax.random.key(0), spec))
     state = [jax.ShapeDtypeStruct(s, jnp.float32) for s in spec.state_shapes]
@@ -221,18 +228,35 @@ def phase_operations(
     return total
 
 
+def settling_operations(
+    spec: ep.NetworkSpec, phases: ep.Phases, batch: int, *, nudged: bool = False
+) -> int:
+    """Operations of a phase of a batch: all its sweeps, the stragglers', and those that tell.
+
+    At the end one more sweep tells the residual, of every example and once more of each straggler.
+    (A free one also is where a displacement starts from.) With a tolerance it is what the phase
+    takes at most, without the looks on the way.
+    """
+    sweep = 2 * sum(products(spec)[1:])
+    more = phases.more(nudged)
+    slow = phases.straggling(batch) if more else 0
+    own = phase_operations(spec, phases, nudged=nudged)
+    return batch * (own + sweep) + slow * (more + 1) * sweep
+
+
 def ep_operations(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:
-    """Operations of `ep_jax.ep_gradient`: input, phases, currents at rest, weight gradients."""
+    """Operations of `ep_jax.ep_gradient`: input, phases, weight gradients."""
     cost = products(spec)
     key = jax.random.key(0)
     points = len(nudges(phases, 1, jnp.dtype("float32"), key).betas)
-    free = phase_operations(spec, phases)
-    nudged = points * phase_operations(spec, phases, nudged=True)
-    weights = points * sum(cost)
-    if phases.coordinates == "displacement":
-        return batch * (cost[0] + free + 2 * sum(cost[1:]) + nudged + weights + sum(cost[1:]))
-    lone = phases.estimator not in ("symmetric", "holomorphic")
-    return batch * (cost[0] + free + nudged + weights + (sum(cost) if lone else 0))
+    free = settling_operations(spec, phases, batch)
+    nudged = points * settling_operations(spec, phases, batch, nudged=True)
+    if phases.coordinates == "displacement":  # of drives of s0 by D, and of D by s0
+        weights = points * (sum(cost) + sum(cost[1:]))
+    else:
+        lone = phases.estimator not in ("symmetric", "holomorphic")
+        weights = (points + lone) * sum(cost)
+    return free + nudged + batch * (cost[0] + weights)
 
 
 def implicit_operations(
@@ -240,24 +264,27 @@ def implicit_operations(
 ) -> int:
     """Operations of `ep_jax.implicit_gradient`, at so many sweeps of the adjoint.
 
-    A sweep before those (to linearise), one after them, and two weight gradients of each layer but
-    the first: of its drive and of its adjoint.
+    It is linearised at the sweep that tells the residual. One sweep comes after those of the
+    adjoint, and two weight gradients of each layer but the first: of its drive and of its adjoint.
     """
     cost = products(spec)
     sweep = 2 * sum(cost[1:])
-    free = cost[0] + phase_operations(spec, phases)
-    return batch * (free + (1 + adjoint_sweeps) * sweep + 2 * (cost[0] + sweep))
+    free = settling_operations(spec, phases, batch)
+    return free + batch * (cost[0] + adjoint_sweeps * sweep + 2 * (cost[0] + sweep))
 
 
 def bptt_operations(
     spec: ep.NetworkSpec, phases: ep.Phases, batch: int, tracked: int | None = None
 ) -> int:
-    """Operations of `ep_jax.bptt_gradient`: each tracked product has two in reverse mode."""
+    """Operations of `ep_jax.bptt_gradient`: each tracked product has two in reverse mode.
+
+    The last sweep, which tells the residual, has none.
+    """
     cost = products(spec)
     tracked = phases.free if tracked is None else tracked
     free = phase_operations(spec, phases)
     before = phase_operations(spec, phases, sweeps=phases.free - tracked)
-    return batch * (2 * cost[0] + free + 2 * (free - before))
+    return batch * (2 * cost[0] + free + 2 * sum(cost[1:]) + 2 * (free - before))
 
 
 def feedforward_operations(spec: ep.NetworkSpec, batch: int) -> int:

@@ -42,14 +42,20 @@ from ep_jax.run import provenance
 
 MIB = 2**20
 
+STRAGGLING = ("stragglers", "free_more", "nudged_more")
 EP: dict[str, dict[str, Any]] = {
     "EP, one-sided, displacement": {"estimator": "one_sided", "coordinates": "displacement"},
     "EP, random sign, displacement": {"estimator": "random_sign", "coordinates": "displacement"},
     "EP, symmetric, displacement": {"estimator": "symmetric", "coordinates": "displacement"},
-    "EP, one-sided": {"estimator": "one_sided"},
-    "EP, random sign": {"estimator": "random_sign"},
-    "EP, symmetric": {"estimator": "symmetric"},
-    "EP, holomorphic": {"estimator": "holomorphic"},
+    "EP, one-sided, displacement, stragglers": {
+        "estimator": "one_sided",
+        "coordinates": "displacement",
+        **{name: getattr(PRESET.phases, name) for name in ("relaxation", *STRAGGLING)},
+    },
+    "EP, one-sided": {"estimator": "one_sided", "coordinates": "absolute"},
+    "EP, random sign": {"estimator": "random_sign", "coordinates": "absolute"},
+    "EP, symmetric": {"estimator": "symmetric", "coordinates": "absolute"},
+    "EP, holomorphic": {"estimator": "holomorphic", "coordinates": "absolute"},
 }
 REVERSE: dict[str, Gradient] = {
     "BPTT": ep.bptt_gradient,

@@ -72,7 +72,8 @@ def speed_section(found: dict[str, Any]) -> str:
     head = ("", "", "sweeps", "ms (quartiles)", "GFLOP", "of matmul rate", "compile s")
     ratios = [(n, f"{v:.2f}") for n, v in found["ratios"].items() if v is not None]
     return (
-        f"## Speed\n\nBatch {found['batch']}, divided among {found['devices']} devices; "
+        f"## Speed\n\nBatch {found['batch']}; for gradients and training steps divided among "
+        f"{found['devices']} devices, what a step is made of is timed on one; "
         f"a large float32 product runs at {found['matmul_rate'] / 1e9:.0f} GFLOP/s.\n\n"
         f"{markdown(head, rows)}\n{markdown(('ratio', ''), ratios)}\n![](speed.png)\n"
     )

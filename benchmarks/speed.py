@@ -1,5 +1,10 @@
 """Time of a gradient and of a training step: EP against BPTT, backprop and PyTorch.
 
+What a training step is made of is timed apart, all of it in one run and on one device: the
+gradients of feed-forward backprop and of EP at feedback 1 and in the feed-forward limit, each
+alone; the optimisers; the augmentation. Weights are random: what a gradient costs does not depend
+on them, since even the stragglers are a fixed share of the batch.
+
     python benchmarks/speed.py --out runs/speed
     python benchmarks/speed.py --out runs/speed --devices 2
 
@@ -23,10 +28,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import tyro
 from feedforward import feedforward_gradient
 from matplotlib.figure import Figure
 from measure import (
+    ALIKE,
     LAYERS,
     PRESET,
     RATE,
@@ -54,7 +61,7 @@ from rich.table import Table
 import ep_jax as ep
 from ep_jax import training
 from ep_jax.checkpoint import write_json
-from ep_jax.presets import PRESETS, spec_of
+from ep_jax.presets import PRESETS, Config, spec_of
 from ep_jax.run import divide_cpu, optimizer_of, placements, provenance
 
 
@@ -93,7 +100,7 @@ def gradients(batch: int, quick: bool) -> dict[str, Case]:
     cases = {
         "EP": Case(ep.ep_gradient, RATE, TEXTBOOK, ep_operations(RATE, TEXTBOOK, batch)),
         "BPTT, 10 tracked": Case(truncated, RATE, TEXTBOOK, tracked),
-        "spiking EP (preset mnist)": Case(
+        "delta code EP (preset mnist)": Case(
             ep.ep_gradient, SPIKING, code, ep_operations(SPIKING, code, batch)
         ),
     }
@@ -112,27 +119,35 @@ def gradients(batch: int, quick: bool) -> dict[str, Case]:
             TEXTBOOK,
             implicit_operations(RATE, TEXTBOOK, batch, TEXTBOOK.nudged),
         ),
-        "spiking BPTT (free phase of preset mnist)": Case(
-            ep.bptt_gradient, SPIKING, code, bptt_operations(SPIKING, code, batch)
+        "delta code BPTT (free phase of preset mnist)": Case(
+            ep.bptt_gradient, SPIKING, ALIKE, bptt_operations(SPIKING, ALIKE, batch)
         ),
     }
 
 
+BACKPROP = "feed-forward backprop"
+EP_PRESETS = {
+    "rate EP (preset mnist_rate)": "mnist_rate",
+    "delta code EP (preset mnist)": "mnist",
+    "rate EP, weak (preset mnist_rate_weak)": "mnist_rate_weak",
+    "delta code EP, weak (preset mnist_weak)": "mnist_weak",
+}
+WHOLE = (BACKPROP, "rate EP (preset mnist_rate)", "delta code EP (preset mnist)")
+"""Of these whole training steps are timed as well."""
+OF_A_STEP = "gradient of a training step"
+"""Its rows are timed on one device, as those of the optimisers and the augmentation."""
+
+
 def steps(batch: int) -> dict[str, Case]:
-    """Training steps to hold against feed-forward backprop of the same layers."""
-    rate = PRESETS["mnist_rate"]
+    """What to hold against feed-forward backprop of the same layers."""
     cases = {
-        "feed-forward backprop": Case(
-            feedforward_gradient, RATE, TEXTBOOK, feedforward_operations(RATE, batch)
-        )
+        BACKPROP: Case(feedforward_gradient, RATE, TEXTBOOK, feedforward_operations(RATE, batch))
     }
-    for name, preset in {
-        "rate EP (preset mnist_rate)": rate,
-        "spiking EP (preset mnist)": PRESET,
-    }.items():
-        spec = spec_of(preset, RATE.input_shape, 10)
+    for name, preset in EP_PRESETS.items():
+        config = PRESETS[preset]
+        spec = spec_of(config, RATE.input_shape, 10)
         cases[name] = Case(
-            ep.ep_gradient, spec, preset.phases, ep_operations(spec, preset.phases, batch)
+            ep.ep_gradient, spec, config.phases, ep_operations(spec, config.phases, batch)
         )
     return cases
 
@@ -147,14 +162,17 @@ def prepare(case: Case, batch: int, devices: int) -> tuple[Callable[[], Any], fl
 STEPS = 10
 
 
-def prepare_step(case: Case, batch: int, devices: int) -> tuple[Callable[[], Any], float]:
-    """A call of a dispatch of training steps: gather, augment, gradient, AdamW."""
+def prepare_step(
+    name: str, case: Case, batch: int, devices: int
+) -> tuple[Callable[[], Any], float]:
+    """A call of a dispatch of training steps: gather, augment, gradient, the preset's optimiser."""
     place = placements(devices)
-    optimizer = optimizer_of(PRESET, case.spec, 1000)
+    config = PRESETS[EP_PRESETS.get(name, "mnist_backprop")]
+    optimizer = optimizer_of(config, case.spec, 1000)
     run = training.make_train_steps(
-        case.spec, case.phases, optimizer, augmentation=PRESET.augmentation, gradient=case.gradient
+        case.spec, case.phases, optimizer, augmentation=config.augmentation, gradient=case.gradient
     )
-    state = training.init_train_state(jax.random.key(0), case.spec, optimizer, PRESET.gain)
+    state = training.init_train_state(jax.random.key(0), case.spec, optimizer, config.gain)
     keys = jax.random.split(jax.random.key(1))
     images = jax.random.randint(keys[0], (2048, *case.spec.input_shape), 0, 256).astype(jnp.uint8)
     labels = jnp.arange(2048, dtype=jnp.int32) % 10
@@ -162,6 +180,37 @@ def prepare_step(case: Case, batch: int, devices: int) -> tuple[Callable[[], Any
     given = jax.device_put((state, images, labels), place.everywhere)
     given = (*given, *jax.device_put((batches, keys[0]), (place.batches, place.everywhere)))
     made, took = compiled(jax.jit(run, out_shardings=place.everywhere), *given)
+    return lambda: made(*given), took
+
+
+OPTIMIZERS = {
+    "Muon": PRESET,
+    "Muon, links capped": replace(PRESET, cap=0.72),
+    "AdamW": PRESETS["mnist_weak"],
+}
+
+
+def prepare_optimizer(config: Config) -> tuple[Callable[[], Any], float]:
+    """A call of one optimisation step, its gradient given."""
+    optimizer = optimizer_of(config, RATE, 1000)
+    state = training.init_train_state(jax.random.key(0), RATE, optimizer, config.gain)
+    grads = ep.init_params(jax.random.key(1), RATE, 1e-3)
+
+    def step(grads: ep.Params, opt_state: Any, params: ep.Params) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    given = (grads, state.opt_state, state.params)
+    made, took = compiled(jax.jit(step), *given)
+    return lambda: made(*given), took
+
+
+def prepare_augmentation(batch: int) -> tuple[Callable[[], Any], float]:
+    """A call of the preset's augmentation of a batch."""
+    varied = jax.jit(lambda key, xs: training.augment(key, xs, PRESET.augmentation))
+    given = (jax.random.key(0), problem(RATE, batch).xs)
+    made, took = compiled(varied, *given)
     return lambda: made(*given), took
 
 
@@ -190,23 +239,30 @@ def run(arguments: Arguments) -> dict[str, Any]:
     batch, repeats = arguments.batch, 3 if arguments.quick else arguments.repeats
     peers = peer_calls(batch)
     calls, rows = {"matmul": matmul_call()}, {}
-    for part, cases, make, many in (
-        ("gradient", gradients(batch, arguments.quick), prepare, 1),
-        ("training step", steps(batch), prepare_step, STEPS),
-    ):
-        for name, case in cases.items():
-            call, took = make(case, batch, arguments.devices)
-            calls[f"{part}: {name}"] = call
-            rows[f"{part}: {name}"] = {
-                "part": part,
-                "name": name,
-                "compile_seconds": took,
-                "operations": case.operations,
-                "per_call": many,
-                "sweeps": "–"
-                if case.gradient is feedforward_gradient
-                else f"{case.phases.free}/{case.phases.nudged}",
-            }
+
+    def add(part: str, name: str, call: Callable[[], Any], **row: Any) -> None:
+        calls[f"{part}: {name}"] = call
+        rows[f"{part}: {name}"] = {"part": part, "name": name, "sweeps": "–"} | row
+
+    def counted(case: Case, took: float) -> dict[str, Any]:
+        row: dict[str, Any] = {"compile_seconds": took, "operations": case.operations}
+        return row if case.gradient is feedforward_gradient else row | {"sweeps": sweeps_of(case)}
+
+    for name, case in gradients(batch, arguments.quick).items():
+        call, took = prepare(case, batch, arguments.devices)
+        add("gradient", name, call, **counted(case, took))
+    parts = steps(batch)
+    for name, case in parts.items():
+        call, took = prepare(case, batch, devices=1)
+        add(OF_A_STEP, name, call, **counted(case, took))
+    for name, config in OPTIMIZERS.items():
+        call, took = prepare_optimizer(config)
+        add("optimiser", name, call, compile_seconds=took)
+    call, took = prepare_augmentation(batch)
+    add("augmentation", "preset mnist", call, compile_seconds=took)
+    for name in WHOLE:
+        call, took = prepare_step(name, parts[name], batch, arguments.devices)
+        add("training step", name, call, per_call=STEPS, **counted(parts[name], took))
     calls |= {f"gradient: {name}": call for name, call in peers.items()}
     rows |= {f"gradient: {name}": {"part": "gradient", "name": name} for name in peers}
     measured = timings(calls, repeats)
@@ -229,6 +285,13 @@ def run(arguments: Arguments) -> dict[str, Any]:
     return found
 
 
+def sweeps_of(case: Case) -> str:
+    """Sweeps of both phases; in brackets those that the stragglers make beyond."""
+    phases = case.phases
+    counts = ((phases.free, phases.free_more), (phases.nudged, phases.nudged_more))
+    return "/".join(f"{all_} (+{more})" if more else str(all_) for all_, more in counts)
+
+
 def scaled(timing: Timing, many: int) -> dict[str, float]:
     """The time of one of `many` that a call makes."""
     return {name: value / many for name, value in timing._asdict().items()}
@@ -242,21 +305,22 @@ def ratios(rows: dict[str, Any]) -> dict[str, float | None]:
             return None
         return rows[above]["seconds"] / rows[below]["seconds"]
 
-    backprop = "training step: feed-forward backprop"
+    alone = {name: ratio(f"{OF_A_STEP}: {name}", f"{OF_A_STEP}: {BACKPROP}") for name in EP_PRESETS}
+    code = "training step: delta code EP (preset mnist)"
     return {
         "PyTorch EP / EP": ratio("gradient: PyTorch, EP", "gradient: EP"),
         "BPTT / PyTorch BPTT, 10 tracked": ratio(
             "gradient: BPTT, 10 tracked", "gradient: PyTorch, BPTT, 10 tracked"
         ),
         "not folded / folded": ratio("gradient: EP, pool not folded", "gradient: EP"),
-        "rate EP / backprop": ratio("training step: rate EP (preset mnist_rate)", backprop),
-        "spiking EP / backprop": ratio("training step: spiking EP (preset mnist)", backprop),
+        **{f"{name} / backprop": value for name, value in alone.items()},
+        "optimiser (Muon) / training step (preset mnist)": ratio("optimiser: Muon", code),
     }
 
 
 def table(found: dict[str, Any]) -> Table:
     """What a reader wants to see."""
-    batch = f"batch {found['batch']} on {found['devices']} devices"
+    batch = f"batch {found['batch']}; gradient, training step: {found['devices']} devices, else 1"
     title = f"{batch}; matmul {found['matmul_rate'] / 1e9:.0f} GFLOP/s"
     made = Table(title=title)
     for column in ("", "", "sweeps", "ms", "quartiles", "GFLOP", "of matmul", "compile s"):
@@ -281,7 +345,8 @@ def draw(found: dict[str, Any]) -> Figure:
     rows = found["rows"][::-1]
     figure = Figure(figsize=(8, 0.35 * len(rows) + 1), layout="constrained")
     axis = figure.subplots()
-    colours = {"gradient": "tab:blue", "training step": "tab:orange"}
+    parts = list(dict.fromkeys(r["part"] for r in found["rows"]))
+    colours = {part: f"C{i}" for i, part in enumerate(parts)}
     bars = axis.barh(
         [f"{r['part']}: {r['name']}" for r in rows],
         [1e3 * r["seconds"] for r in rows],

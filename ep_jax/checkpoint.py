@@ -26,8 +26,13 @@ from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Rate, SigmaDelta
 from ep_jax.phases import Phases
 from ep_jax.training import TrainState
 
-WEIGHTS_FORMAT = 1
-"""Version of the weights folders that are written; another one is refused."""
+WEIGHTS_FORMAT = 2
+"""Version of the weights folders that are written.
+
+Format 1 is read as well. It knows no over-relaxation, tolerance, stragglers and limit of `Phases`,
+whose defaults are to have none, and a `DeltaCode` with a schedule alone, all of whose numbers it
+holds.
+"""
 CHECKPOINT_FORMAT = 2
 """Version of the checkpoints that are written; another one is refused."""
 
@@ -155,7 +160,7 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
                                     "folder that experiments/train.py wrote")  # fmt: skip
     with _explained(folder / "network.json", "the specification of a network"):
         record = json.loads((folder / "network.json").read_text())
-        _check_format(record, WEIGHTS_FORMAT)
+        _check_format(record, 1, WEIGHTS_FORMAT)
         spec, phases = from_json(record["spec"]), from_json(record["phases"])
         if not isinstance(spec, NetworkSpec) or not isinstance(phases, Phases):
             raise ValueError("no NetworkSpec and Phases")
@@ -189,10 +194,11 @@ def _brief(error: Exception) -> str:
     return textwrap.shorten(str(error).partition("\n")[0], 300, placeholder=" ...")
 
 
-def _check_format(record: Any, known: int) -> None:
+def _check_format(record: Any, *known: int) -> None:
     found = record.get("format")
-    if found != known:
-        raise ValueError(f"format is {found!r}; this version reads format {known}")
+    if found not in known:
+        formats = " or ".join(map(str, known))
+        raise ValueError(f"format is {found!r}; this version reads format {formats}")
 
 
 class Checkpoints:

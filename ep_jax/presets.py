@@ -295,10 +295,14 @@ def _compared(name: str, spiking: Config) -> dict[str, Config]:
 
 def _weak(name: str, spiking: Config) -> dict[str, Config]:
     """The same at weak feedback, where four sweeps of rate neurons are enough."""
-    phases = replace(spiking.phases, free=4, nudged=2)
+    rate = replace(spiking, neuron="rate", phases=replace(spiking.phases, free=4, nudged=2))
+    one_pass = replace(rate.phases, free=1)
     return {
         f"{name}_weak": spiking,
-        f"{name}_rate_weak": replace(spiking, neuron="rate", phases=phases),
+        f"{name}_rate_weak": rate,
+        f"{name}_bptt_weak": replace(spiking, gradient="bptt"),
+        f"{name}_rate_bptt_weak": replace(rate, gradient="bptt"),
+        f"{name}_backprop_weak": replace(rate, gradient="bptt", phases=one_pass),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ import ep_jax as ep
 from ep_jax import diagnostics, training
 from ep_jax.data import Dataset, to_float
 from ep_jax.diagnostics import Agreement
-from ep_jax.optimizers import AdamW, make_optimizer
+from ep_jax.optimizers import AdamW, Settings, make_optimizer
 
 STATIC = ("spec", "phases")
+ADAMW = AdamW()
+
+STUDIED = ep.DeltaCode(quantum=0.5, decay=0.6, lag=1.0, nudged_quantum=0.7, nudged_decay=0.5)
+"""The code of the studies of the frontier and of pooling, ternary on a schedule; it suits 9 + 6
+ordered sweeps at feedback .05."""
 
 
 def learn(
@@ -34,19 +40,38 @@ def learn(
     gain: float,
     batch: int = 64,
     seed: int = 0,
+    optimizer: Settings = ADAMW,
+    cap: float | None = None,
 ) -> tuple[ep.Params, training.StepMetrics]:
     """Train from scratch in one dispatch; the seed decides weights and order of the images."""
-    optimizer = make_optimizer(
-        spec, AdamW(), learning_rate=learning_rate, steps=steps, weight_decay=weight_decay
+    made = make_optimizer(
+        spec,
+        optimizer,
+        learning_rate=learning_rate,
+        steps=steps,
+        weight_decay=weight_decay,
+        cap=cap,
     )
     init_key, step_key = jax.random.split(jax.random.key(seed))
-    state = training.init_train_state(init_key, spec, optimizer, gain)
-    run = training.make_train_steps(spec, phases, optimizer, gradient=gradient)
+    state = training.init_train_state(init_key, spec, made, gain)
+    run = training.make_train_steps(spec, phases, made, gradient=gradient)
     order = np.random.default_rng(seed).permutation(len(data.train_images))
     batches = np.resize(order, (steps, batch)).astype(np.int32)
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
     state, metrics = jax.jit(run)(state, images, labels, jnp.asarray(batches), step_key)
     return state.params, metrics
+
+
+def for_all(phases: ep.Phases) -> ep.Phases:
+    """The phases in which every example makes as many sweeps as a straggler of `phases`."""
+    return replace(
+        phases,
+        free=phases.free + phases.free_more,
+        nudged=phases.nudged + phases.nudged_more,
+        stragglers=0.0,
+        free_more=0,
+        nudged_more=0,
+    )
 
 
 def validation_batches(data: Dataset, batches: int, batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,8 @@
     python experiments/frontier.py --runs runs/frontier --out results/frontier \\
         --weights runs/mnist10
 
---weights adds those of a long training.
+--weights adds those of a long training. It is about weak feedback: networks as of the preset
+mnist_weak, with the sweeps and the code that were the preset's when the study was made.
 
 Every point is the agreement of one gradient with the exact one (of the rate network with the same
 parameters, at its fixed point, in float64) on batches of MNIST validation images. Weights of each
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 import tyro
 from common import (
+    STUDIED,
     Journal,
     agreements,
     exact_gradients,
@@ -45,15 +47,17 @@ from ep_jax.run import provenance
 
 Precision: TypeAlias = Literal["float64", "float32", "bfloat16"]
 
-PRESET = PRESETS["mnist"]
-BASE = replace(PRESET.phases, free=12, nudged=8, sweep="alternating")
+PRESET = PRESETS["mnist_weak"]
+QUICK = replace(PRESET.phases, free=9, nudged=6)
+"""The sweeps of the code that is called preset below."""
+BASE = replace(QUICK, free=12, nudged=8, sweep="alternating")
 """Where nothing else is said: sweeps that suit rate and spiking networks alike."""
 SWEEPS = ((4, 3), (6, 4), (8, 6), (12, 8), (16, 12), (25, 12), (40, 16))
 RATE = ep.Rate()
 DELTA = ep.DeltaCode(quantum=0.5, decay=0.65, lag=2.0, nudged_quantum=0.7, nudged_decay=0.6)
-"""A delta code that suits `BASE`; that of the preset suits ordered sweeps."""
+"""A delta code that suits `BASE`; `STUDIED` suits ordered sweeps."""
 CLOSED = replace(DELTA, leak=True, quantum=0.9, decay=0.85)
-OPEN = PRESETS["mnist_sigma_delta"].sigma_delta
+OPEN = PRESETS["mnist_sigma_delta_weak"].sigma_delta
 NEURONS: dict[str, ep.Neuron] = {
     "rate": RATE,
     "delta code": DELTA,
@@ -83,11 +87,9 @@ SCHEDULES: dict[str, ep.Neuron] = {
 }
 """Schedules of quanta and leaks, alternating sweeps."""
 ORDERED: dict[str, ep.Neuron] = {
-    "preset": PRESET.delta_code,
+    "preset": STUDIED,
     **{
-        f"ordered, {', '.join(f'{k} {v}' for k, v in change.items())}": replace(
-            PRESET.delta_code, **change
-        )
+        f"ordered, {', '.join(f'{k} {v}' for k, v in change.items())}": replace(STUDIED, **change)
         for change in (
             {"decay": 0.5},
             {"decay": 0.55},
@@ -100,7 +102,7 @@ ORDERED: dict[str, ep.Neuron] = {
         )
     },
 }
-"""The preset's code and its neighbours, at the preset's sweeps."""
+"""The preset's code of then and its neighbours, at its sweeps."""
 ORDERED_SWEEPS = ((6, 4), (8, 5), (9, 6), (10, 6), (12, 8))
 
 
@@ -113,7 +115,7 @@ class Arguments:
     out: Path
     """Folder for frontier.json and the figures."""
     weights: Path | None = None
-    """Folder with the weights of a long training of the mnist preset, which are added."""
+    """Folder with the weights of a long training of the preset mnist_weak, which are added."""
     feedbacks: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03)
     """Feedback strengths."""
     early: int = 100
@@ -150,7 +152,7 @@ def subjects(arguments: Arguments, data: Dataset) -> Iterator[Subject]:
         params, spec, _ = ep.load_weights(arguments.weights)
         if spec != _spec(spec.feedback, spec.neuron):
             raise ValueError(f"weights of {arguments.weights} are of another network; expected the "
-                             "mnist preset's")  # fmt: skip
+                             "preset mnist_weak's")  # fmt: skip
         yield subject("long", spec.feedback, params)
     for feedback in arguments.feedbacks:
         for age, steps in (("early", arguments.early), ("late", arguments.late)):
@@ -248,14 +250,13 @@ def study(subject: Subject, journal: Journal) -> None:
         for free, nudged in SWEEPS[:5]:
             take("order", "rate", RATE, free=free, nudged=nudged, sweep=order)
     for free, nudged in ORDERED_SWEEPS:
-        take("order", "preset", PRESET.delta_code, free=free, nudged=nudged, sweep="ordered")
+        take("order", "preset", STUDIED, free=free, nudged=nudged, sweep="ordered")
         take("order", "delta code", DELTA, free=free, nudged=nudged, sweep="alternating")
     for name, neuron in SCHEDULES.items():
         free = BASE.free if name.startswith("delta") else 20 if "closed" in name else 25
         take("schedules", name, neuron, free=free)
     for name, neuron in ORDERED.items():
-        free, nudged = PRESET.phases.free, PRESET.phases.nudged
-        take("schedules", name, neuron, free=free, nudged=nudged, sweep="ordered")
+        take("schedules", name, neuron, free=QUICK.free, nudged=QUICK.nudged, sweep=QUICK.sweep)
     for coordinates in ("absolute", "displacement"):
         for precision in get_args(Precision):
             for beta in (1e-1, 1e-3, 1e-5):

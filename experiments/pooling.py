@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import STATIC, Journal, compare, exact_gradients, interval, learn, plain
+from common import STATIC, STUDIED, Journal, compare, exact_gradients, interval, learn, plain
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -42,10 +42,11 @@ NEURONS: dict[str, ep.Neuron] = {
     "rate": ep.Rate(),
     "sigma-delta": ep.SigmaDelta(),
     "sigma-delta, pool on traces": ep.SigmaDelta(decode="signal"),
-    "delta code": ep.DeltaCode(),
+    "delta code": ep.DeltaCode(
+        quantum=0.7, decay=0.6, lag=1.0, nudged_quantum=0.5, nudged_decay=0.5
+    ),
 }
 """What the pool sees: the state, single spikes, decoded spikes, what a receiver knows."""
-
 
 NAMED = {"neurons": {name: to_json(neuron) for name, neuron in NEURONS.items()}}
 
@@ -54,12 +55,23 @@ CONSTANT = ep.SigmaDelta(epsilon=0.1, epsilon_power=0.0, epsilon_floor=0.0, lam=
 """Sigma-delta neurons that never come to rest: constant leak and step size."""
 
 
-def phases_of(neuron: str, feedback: float) -> ep.Phases:
-    """Feedback 1: the textbook's absolute coordinates; weak feedback: the presets' phases."""
+LEARNING = replace(PRESETS["mnist_weak"].phases, free=12, nudged=8, sweep="alternating")
+"""Phases of rate neurons and the delta code in the trainings, and in the other part, `QUICK`."""
+QUICK = replace(LEARNING, free=9, nudged=6, sweep="ordered")
+
+
+def phases_of(neuron: str, feedback: float, quick: ep.Phases = QUICK) -> ep.Phases:
+    """Feedback 1: the textbook's absolute coordinates; weak feedback: what settles there."""
     if feedback == 1.0:
-        return ep.Phases(free=25, nudged=20, beta=0.3, sweep="alternating")
-    quick = PRESETS["mnist"].phases
-    slow = PRESETS["mnist_sigma_delta"].phases
+        return ep.Phases(
+            free=25,
+            nudged=20,
+            beta=0.3,
+            estimator="symmetric",
+            sweep="alternating",
+            coordinates="absolute",
+        )
+    slow = PRESETS["mnist_sigma_delta_weak"].phases
     return quick if neuron in ("rate", "delta code") else slow
 
 
@@ -112,7 +124,7 @@ def train(
         steps=budget.steps,
         batch=budget.batch,
         learning_rate=budget.learning_rate_strong if strong else budget.learning_rate,
-        weight_decay=PRESETS["mnist"].weight_decay,
+        weight_decay=PRESETS["mnist_weak"].weight_decay,
         gain=budget.gain,
         seed=seed,
     )
@@ -158,7 +170,7 @@ class Training:
     def _train(self, cell: Cell, seed: int, data: Dataset) -> dict[str, Any]:
         """Errors in per cent after training; ``None`` where it diverged."""
         spec = network_of(self.budget, cell.pool, NEURONS[cell.neuron], cell.feedback)
-        phases = phases_of(cell.neuron, cell.feedback)
+        phases = phases_of(cell.neuron, cell.feedback, LEARNING)
         gradient = GRADIENTS[cell.gradient]
         params, metrics = train(self.budget, spec, phases, gradient, data, seed)
         finite = bool(jnp.isfinite(optax.tree.norm(params)))
@@ -219,10 +231,10 @@ def _spread(values: list[float | None]) -> str:
 CODES: dict[str, ep.Neuron] = {
     "rate": ep.Rate(),
     "constant": CONSTANT,
-    "constant, pool on traces": dataclasses.replace(CONSTANT, decode="signal"),
+    "constant, pool on traces": replace(CONSTANT, decode="signal"),
     "decaying": ep.SigmaDelta(),
     "decaying, pool on traces": ep.SigmaDelta(decode="signal"),
-    "delta code": PRESETS["mnist"].delta_code,
+    "delta code": STUDIED,
 }
 """Rates, sigma-delta with constant and with decaying steps, and the delta code."""
 
@@ -318,7 +330,7 @@ def _measure(
     spec = network_of(budget, pool, CODES[code], feedback)
     phases = phases_of(code, feedback)
     if sweeps == "many":
-        phases = dataclasses.replace(phases, free=4 * phases.free, nudged=3 * phases.nudged)
+        phases = replace(phases, free=4 * phases.free, nudged=3 * phases.nudged)
     gradient = jax.jit(ep.ep_gradient, static_argnames=STATIC)
     look = jax.jit(_mechanism, static_argnames=STATIC)
     found: dict[str, list[Any]] = {}

@@ -3,7 +3,8 @@
     python experiments/results_table.py --results results/table
 
 A result file is the ``result.json`` of a run, kept as ``DATASET/NAME/seedN.json``; a row is a name,
-over its seeds. Published results stand above them.
+over its seeds. Published results stand above them. What feedback does is that of the rate network at
+its fixed point, on validation images (`ep_jax.run.recurrence_of`); older files do not tell it.
 """
 
 from __future__ import annotations
@@ -57,16 +58,21 @@ HEAD = (
     "run",
     "neurons",
     "gradient",
-    "seeds",
-    "epochs",
+    "epochs; seeds",
     "sweeps",
+    "feedback",
+    "its share of the state, by layer",
+    "spectral radius, mean; largest",
     "test error, %",
-    "at 4 times the sweeps, %",
-    "validation error, %",
-    "spikes, free phase",
-    "spikes, nudged phase",
-    "synaptic operations",
+    "validation error; feedback cut, %",
+    "spikes, free + nudged",
 )
+
+
+def sweeps(phases: dict[str, Any], phase: str) -> str:
+    """Sweeps of a phase; in brackets those that its stragglers make beyond."""
+    more = phases.get(f"{phase}_more")
+    return f"{phases[phase]} (+{more})" if more else str(phases[phase])
 
 
 def row(dataset: str, name: str, found: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -75,27 +81,34 @@ def row(dataset: str, name: str, found: Sequence[dict[str, Any]]) -> tuple[str, 
     if any(config != configs[0] for config in configs):
         raise ValueError(f"{dataset}/{name} holds runs whose configurations differ in more than "
                          "the seed; expected runs of one preset")  # fmt: skip
-    config, phases = configs[0], configs[0]["phases"]
+    config = configs[0]
     ep_run = config["gradient"] == "ep"
-
-    def mean(values: Sequence[float], shown: str) -> str:
-        value = statistics.mean(values)
-        return format(value, shown) if value else "–"
-
+    heard = [f["recurrence"] for f in found if "recurrence" in f]
+    share, radius, cut = "–", "–", "–"
+    if heard:
+        layers = zip(*(h["share"] for h in heard), strict=True)
+        share = " ".join(f"{statistics.mean(layer):.2f}" for layer in layers)
+        mean = statistics.mean(h["radius_mean"] for h in heard)
+        radius = f"{mean:.2f}; {max(h['radius_largest'] for h in heard):.2f}"
+        cut = spread([h["error_cut"] for h in heard])
+    held_out = spread([f["val_error"][-1] for f in found if f["val_error"][-1] is not None])
+    free, nudged = (
+        statistics.mean(f["last_epoch"][f"spikes_{phase}"] for f in found)
+        for phase in ("free", "nudged")
+    )
     return (
         dataset,
         f"`{name}`",
         config["neuron"].replace("_", " "),
-        "backprop" if name.endswith("backprop") else config["gradient"].upper(),
-        ", ".join(str(f["seed"]) for f in found),
-        str(config["epochs"]),
-        f"{phases['free']}/{phases['nudged']}" if ep_run else str(phases["free"]),
+        "backprop" if "backprop" in name else config["gradient"].upper(),
+        f"{config['epochs']}; {', '.join(str(f['seed']) for f in found)}",
+        "/".join(sweeps(config["phases"], phase) for phase in ("free", "nudged")[: 1 + ep_run]),
+        f"{config['feedback']:g}",
+        share,
+        radius,
         spread([f["test_error"] for f in found]),
-        spread([f["test_error_4x"] for f in found]),
-        spread([f["val_error"][-1] for f in found if f["val_error"][-1] is not None]),
-        mean([f["last_epoch"]["spikes_free"] for f in found], ".2f"),
-        mean([f["last_epoch"]["spikes_nudged"] for f in found], ".3f"),
-        mean([f["synaptic_operations"] for f in found], ".1e"),
+        f"{held_out}; {cut}",
+        (f"{free:.2f} + {nudged:.3f}" if ep_run else f"{free:.2f}") if free else "–",
     )
 
 

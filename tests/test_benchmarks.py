@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ def test_operations_of_a_tiny_network_by_hand() -> None:
     dense = [2 * 16 * 6, 2 * 6 * 3]
     assert measure.products(TINY) == [first, second, *dense]
     sweep = 2 * (second + sum(dense))
-    phases = ep.Phases(free=5, nudged=3)
+    phases = replace(measure.TEXTBOOK, free=5, nudged=3)
     # Synchronous, from zero: in the first sweep nobody hears anyone.
     assert measure.phase_operations(TINY, phases) == 4 * sweep
     assert measure.phase_operations(TINY, phases, nudged=True) == 3 * sweep
@@ -38,18 +39,34 @@ def test_operations_of_a_tiny_network_by_hand() -> None:
     assert measure.phase_operations(TINY, once, nudged=True) == sweep // 2
     everything = first + sweep // 2
     assert measure.feedforward_operations(TINY, 7) == 7 * (2 * everything + sweep // 2)
-    expected = first + 5 * sweep - sweep + 2 * 3 * sweep + 2 * everything
+    # Each phase ends with a sweep that tells its residual.
+    expected = first + (4 + 1) * sweep + 2 * (3 + 1) * sweep + 2 * everything
     assert measure.ep_operations(TINY, phases, 7) == 7 * expected
     assert measure.implicit_operations(TINY, phases, 1, 10) == 3 * first + (4 + 11 + 2) * sweep
-    assert measure.bptt_operations(TINY, phases, 1) == 2 * first + 3 * 4 * sweep
-    assert measure.bptt_operations(TINY, phases, 1, 2) == 2 * first + (4 + 2 * 2) * sweep
+    assert measure.bptt_operations(TINY, phases, 1) == 2 * first + (1 + 3 * 4) * sweep
+    assert measure.bptt_operations(TINY, phases, 1, 2) == 2 * first + (1 + 4 + 2 * 2) * sweep
+
+
+def test_operations_of_stragglers_by_hand() -> None:
+    """A quarter of eight goes on, and is looked at once more; a displacement has one nudge."""
+    sweep = 2 * sum(measure.products(TINY)[1:])
+    phases = ep.Phases(
+        free=3, nudged=2, estimator="one_sided", stragglers=0.25, free_more=4, nudged_more=5
+    )
+    free = 8 * (measure.phase_operations(TINY, phases) + sweep) + 2 * (4 + 1) * sweep
+    assert measure.settling_operations(TINY, phases, 8) == free
+    own = measure.phase_operations(TINY, phases, nudged=True)
+    nudged = 8 * (own + sweep) + 2 * (5 + 1) * sweep
+    first = measure.products(TINY)[0]
+    weights = 8 * (first + sweep)
+    assert measure.ep_operations(TINY, phases, 8) == 8 * first + free + nudged + weights
 
 
 def test_lower_bound_by_hand() -> None:
     """Parameters once; state, nudged states and drive for each example, four bytes a number."""
     units = 27 + 16 + 6 + 3
     params = 27 + 3 + 48 + 4 + 96 + 6 + 18 + 3
-    symmetric = ep.Phases(coordinates="absolute")
+    symmetric = measure.TEXTBOOK
     assert measure.lower_bound(TINY, symmetric, 5) == 4 * (params + 5 * (4 * units + 27))
     one = ep.Phases(estimator="one_sided", coordinates="displacement", sweep="ordered")
     assert measure.lower_bound(TINY, one, 5) == 4 * (params + 5 * (3 * units + 27 + 27))
@@ -78,7 +95,7 @@ def test_the_peer_computes_the_same_gradients() -> None:
     spec = ep.NetworkSpec((8, 8, 1), layers, ep.Rate())
     params = ep.init_params(jax.random.key(0), spec, 0.7, jnp.float64)
     xs, ys = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1)), jnp.arange(4) % 3
-    phases = ep.Phases(free=30, nudged=20)
+    phases = replace(measure.TEXTBOOK, free=30, nudged=20)
     theirs = peer.Peer(params, spec, xs, ys)
     ours, _ = ep.ep_gradient(params, spec, xs, ys, phases)
     peer.check_equal(ours, theirs.as_params(theirs.ep_gradient(phases)))

@@ -35,12 +35,21 @@ SPECS = [
         cost="cross_entropy",
     ),
     ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.DeltaCode(leak=True)),
-    ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.DeltaCode(decay=0.7, levels=5)),
+    ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.DeltaCode(decay=0.5, levels=5)),
     ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.Bernoulli(average=3)),
     ep.NetworkSpec((8,), (ep.Dense(3),), neuron=ep.IntegrateFire(leak=0.9)),
 ]
 PHASES = ep.Phases(
-    7, 3, -0.2, "one_sided", "ordered", relaxation=1.3, tolerance=0.01, stragglers=0.2, free_more=3
+    free=7,
+    nudged=3,
+    beta=-0.2,
+    estimator="one_sided",
+    sweep="ordered",
+    relaxation=1.4,
+    tolerance=1e-3,
+    stragglers=0.25,
+    free_more=3,
+    limit=10.0,
 )
 
 
@@ -64,6 +73,64 @@ def test_anyone_can_read_the_weights(tmp_path: Path) -> None:
     with np.load(tmp_path / "weights.npz", allow_pickle=False) as arrays:
         assert sorted(arrays.files) == sorted(f"layer{i}.{n}" for i in (1, 2, 3, 4) for n in "wb")
         np.testing.assert_array_equal(arrays["layer1.w"], params[0]["w"])
+
+
+def test_weights_of_format_1_mean_what_they_meant(tmp_path: Path) -> None:
+    """A default of today that gets into a network of then: another code, another relaxation."""
+    code = ep.DeltaCode(0.5, 0.6, 1.0, 0.7, 0.4)
+    spec = ep.NetworkSpec((8,), (ep.Dense(4), ep.Dense(3)), neuron=code, feedback=0.05)
+    ep.save_weights(tmp_path, ep.init_params(jax.random.key(0), spec), spec, PHASES)
+    record = {
+        "format": 1,
+        "spec": {
+            "type": "NetworkSpec",
+            "input_shape": [8],
+            "layers": [{"type": "Dense", "features": 4}, {"type": "Dense", "features": 3}],
+            "neuron": {
+                "type": "DeltaCode",
+                "quantum": 0.5,
+                "decay": 0.6,
+                "lag": 1.0,
+                "nudged_quantum": 0.7,
+                "nudged_decay": 0.4,
+                "leak": False,
+                "surrogate": "straight_through",
+            },
+            "cost": "squared_error",
+            "feedback": 0.05,
+        },
+        "phases": {
+            "type": "Phases",
+            "free": 9,
+            "nudged": 6,
+            "beta": 0.03,
+            "estimator": "one_sided",
+            "sweep": "ordered",
+            "coordinates": "displacement",
+            "points": 4,
+            "nudged_signals": "full",
+        },
+    }
+    (tmp_path / "network.json").write_text(json.dumps(record))
+    _, loaded, phases = ep.load_weights(tmp_path)
+    assert loaded == spec
+    assert (code.scheduled, code.levels) == (True, 3)
+    assert phases == ep.Phases(
+        free=9,
+        nudged=6,
+        beta=0.03,
+        estimator="one_sided",
+        sweep="ordered",
+        coordinates="displacement",
+        points=4,
+        nudged_signals="full",
+        relaxation=1.0,
+        tolerance=None,
+        stragglers=0.0,
+        free_more=0,
+        nudged_more=0,
+        limit=None,
+    )
 
 
 def damage_nothing_there(folder: Path) -> None:
@@ -111,7 +178,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     damage_nothing_there: "holds no weights.npz; expected",
     damage_truncate: "weights.npz is unreadable or foreign",
     damage_garbage: "network.json is unreadable or foreign",
-    damage_newer: "format is 999; this version reads format 1",
+    damage_newer: "format is 999; this version reads format 1 or 2",
     damage_foreign_arrays: r"arrays \['kernel'\]; expected",
     damage_other_network: r"layer1\.w.* has shape .*; expected|params\[0\].* has shape",
     damage_unknown_neuron: "type is 'Alien'; expected one of",

@@ -72,7 +72,7 @@ def test_a_max_pool_does_not_see_spikes_as_it_sees_traces() -> None:
     budget = pooling.Budget(channels=(4, 4), hidden=8, gain=1.0)
     xs, ys = images(4)
     spec = pooling.network_of(budget, "max", ep.Rate(), 0.05)
-    params = ep.init_params(jax.random.key(0), spec)
+    params = ep.init_params(jax.random.key(0), spec, budget.gain)
     (exact,) = common.exact_gradients(params, spec, xs[None], ys[None])
     settle = jax.jit(jax.vmap(lambda x: ep.free_phase(params, spec, x, ep.Phases(60))[0]))
     case = pooling.Case(params, xs, ys, exact, settle(xs), 0.0)
@@ -154,14 +154,15 @@ def test_pruned_weights_answer_as_before(tmp_path: Path) -> None:
     np.testing.assert_array_equal(after, before)
 
 
-def result_file(path: Path, seed: int, error: float, epochs: int = 10) -> None:
+def result_file(path: Path, seed: int, error: float, epochs: int = 10, **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     config = {
         "seed": seed,
         "epochs": epochs,
         "gradient": "ep",
         "neuron": "delta_code",
-        "phases": {"free": 9, "nudged": 6},
+        "feedback": 0.05,
+        "phases": {"free": 9, "nudged": 6, "free_more": 12, "nudged_more": 0},
     }
     result = {
         "seed": seed,
@@ -169,26 +170,27 @@ def result_file(path: Path, seed: int, error: float, epochs: int = 10) -> None:
         "test_error": error,
         "test_error_4x": error + 0.01,
         "val_error": [3.0, 1.0],
-        "last_epoch": {"spikes_free": 0.5, "spikes_nudged": 0.0},
-        "synaptic_operations": 1.5e6,
-    }
+        "last_epoch": {"spikes_free": 0.5, "spikes_nudged": 0.25},
+    } | more
     path.write_text(json.dumps(result))
 
 
 def test_results_become_a_table(tmp_path: Path) -> None:
     """Mean and spread over seeds, and runs that do not belong together."""
     for seed, error in enumerate((0.5, 0.6, 0.7)):
-        result_file(tmp_path / "mnist" / "preset" / f"seed{seed}.json", seed, error)
+        heard = {"share": [0.1, 0.2], "radius_mean": 0.5, "radius_largest": error, "error_cut": 9}
+        path = tmp_path / "mnist" / "preset" / f"seed{seed}.json"
+        result_file(path, seed, error, recurrence=heard)
     result_file(tmp_path / "mnist" / "single" / "seed0.json", 0, 0.4)
     result_file(tmp_path / "digits" / "preset" / "seed0.json", 0, 1.0)
     _, _, digits, *published, many, one = results_table.table(tmp_path).splitlines()
     assert "| digits | `preset` |" in digits
     assert any("Lin et al. 2024" in line and "| 0.97 |" in line for line in published)
     assert many == (
-        "| mnist | `preset` | delta code | EP | 0, 1, 2 | 10 | 9/6 | 0.60 ± 0.10 | 0.61 ± 0.10 "
-        "| 1.00 ± 0.00 | 0.50 | – | 1.5e+06 |"
+        "| mnist | `preset` | delta code | EP | 10; 0, 1, 2 | 9 (+12)/6 | 0.05 | 0.10 0.20 "
+        "| 0.50; 0.70 | 0.60 ± 0.10 | 1.00 ± 0.00; 9.00 ± 0.00 | 0.50 + 0.250 |"
     )
-    assert "| 0.40 |" in one
+    assert "| 0.05 | – | – | 0.40 | 1.00; – |" in one  # an older file
     assert results_table.spread([]) == "–"  # nothing held out: no validation error
     result_file(tmp_path / "mnist" / "preset" / "seed3.json", 3, 0.5, epochs=20)
     with pytest.raises(ValueError, match="mnist/preset holds runs whose configurations differ"):
