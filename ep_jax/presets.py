@@ -319,7 +319,7 @@ PRESETS: dict[str, Config] = {
     **_compared("mnist", _MNIST),
     **_weak("mnist", _WEAK),
     "mnist_sigma_delta": replace(
-        _MNIST, neuron="sigma_delta", sigma_delta=_SIGMA_DELTA, phases=_SLOW_PHASES
+        _MNIST, neuron="sigma_delta", sigma_delta=_SIGMA_DELTA, phases=_SLOW_PHASES, shrink=0.0
     ),
     "mnist_sigma_delta_weak": replace(_WEAK_BINARY, neuron="sigma_delta", sigma_delta=_SIGMA_DELTA),
     "mnist_closed_loop_weak": replace(

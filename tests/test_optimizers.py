@@ -390,24 +390,3 @@ def test_an_unknown_optimizer_is_told() -> None:
     name: Any = "adam"
     with pytest.raises(TypeError, match="settings is 'adam'; expected AdamW, Muon or SGD"):
         make_optimizer(DENSE, name, learning_rate=0.1, steps=9)
-
-
-def test_links_shrink_by_the_share_of_unsettled_images() -> None:
-    """A controller that acts on the input's layer, on biases, without cause, or not at all."""
-    spec = ep.NetworkSpec((4,), (ep.Dense(5), ep.Dense(4), ep.Dense(3)), ep.Rate())
-    params = make_params(spec)
-    still = jax.tree.map(jnp.zeros_like, params)
-    plain: Any = {"learning_rate": 0.1, "steps": 10}
-    shrinking = make_optimizer(spec, SGD(), shrink=0.2, **plain)
-    state = shrinking.init(params)
-
-    def after(share: float | None) -> Any:
-        given = {} if share is None else {"unsettled": jnp.asarray(share)}
-        updates, _ = optax.with_extra_args_support(shrinking).update(still, state, params, **given)
-        return optax.apply_updates(params, updates)
-
-    for share, factor in ((None, 1.0), (0.0, 1.0), (0.5, 0.9), (1.0, 0.8)):
-        for l, (new, old) in enumerate(zip(after(share), params, strict=True)):
-            scale = factor if l else 1.0
-            np.testing.assert_allclose(new["w"], scale * old["w"], rtol=1e-6)
-            np.testing.assert_array_equal(new["b"], old["b"])
