@@ -3,8 +3,8 @@
     python experiments/results_table.py --results results/table
 
 A result file is the ``result.json`` of a run, kept as ``DATASET/NAME/seedN.json``; a row is a name,
-over its seeds. Published results stand above them. What feedback does is that of the rate network at
-its fixed point, on validation images (`ep_jax.run.recurrence_of`); older files do not tell it.
+over its seeds. Published results stand above them. What feedback does is told of the rate network
+at its fixed point, on validation images (`ep_jax.run.recurrence_of`); older files do not tell it.
 """
 
 from __future__ import annotations
