@@ -44,5 +44,5 @@ def feedforward_gradient(
     (value, output), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)
     zero = jnp.zeros(())
     every = (zero,) * spec.depth
-    nothing = ep.PhaseInfo(zero, every, *[zero] * 4, every, every)
+    nothing = ep.PhaseInfo(zero, every, zero, zero, zero, zero, every, every)
     return grads, ep.GradientInfo(value, output, nothing)

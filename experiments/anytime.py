@@ -1,6 +1,6 @@
 """Error, spikes and synaptic operations after every sweep of an inference.
 
-    python experiments/anytime.py --weights pretrained/mnist --dataset mnist --out runs/anytime
+    python experiments/anytime.py --weights pretrained/mnist_weak --dataset mnist --out runs/anytime
 
 The network answers early and refines: one free phase of four times the usual sweeps, whose output
 is read after each of them.

@@ -3,8 +3,9 @@
     python experiments/results_table.py --results results/table
 
 A result file is the ``result.json`` of a run, kept as ``DATASET/NAME/seedN.json``; a row is a name,
-over its seeds. Published results stand above them. What feedback does is measured on the rate network
-at its fixed point and validation images (`ep_jax.run.recurrence_of`); older files do not tell it.
+<<<<<<< HEAD
+over its seeds. Published results stand above them. What feedback does is measured on validation
+images (`ep_jax.run.recurrence_of`), by the rate network at its fixed point; older files lack it.
 """
 
 from __future__ import annotations
