@@ -188,30 +188,15 @@ _PHASES = Phases(
     coordinates="displacement",
     relaxation=1.4,
 )
-# Late in training a few hard images settle slowly, and the gradient lives in them: the least
-# settled eighth of a batch goes on. What is nearly critical has a huge gradient, which would rule
-# the momentum and drive the network over the edge: each image's share is limited, and the links
-# shrink while images are unsettled. Without both (and a beta of .01) a training fell to chance in
-# its third epoch.
 _MNIST = Config(
     dataset="mnist",
     epochs=12,
     gain=0.29,
     feedback=1.0,
-    phases=replace(
-        _PHASES,
-        free=8,
-        nudged=6,
-        relaxation=1.3,
-        stragglers=0.125,
-        free_more=16,
-        nudged_more=14,
-        limit=3.0,
-    ),
+    phases=replace(_PHASES, free=16, nudged=10, relaxation=1.5),
     optimizer="muon",
     learning_rate=0.01,
     weight_decay=0.3,
-    shrink=0.02,
     augmentation=Augmentation(shift=1, rotate=12.0, scale=0.12, shear=10.0),
 )
 
@@ -226,7 +211,6 @@ _FASHION = replace(
     phases=_PHASES,
     learning_rate=0.02,
     weight_decay=0.1,
-    shrink=0.0,
     cap=0.72,
     augmentation=Augmentation(flip=True, erase=4),
 )
@@ -286,9 +270,7 @@ def _compared(name: str, spiking: Config) -> dict[str, Config]:
         f"{name}_rate": rate,
         f"{name}_bptt": through_time,
         f"{name}_rate_bptt": replace(through_time, neuron="rate"),
-        f"{name}_backprop": replace(
-            through_time, neuron="rate", phases=one_pass, cap=None, shrink=0.0
-        ),
+        f"{name}_backprop": replace(through_time, neuron="rate", phases=one_pass, cap=None),
         f"{name}_feedforward": replace(spiking, feedback=1e-6, cap=None),
     }
 
@@ -319,7 +301,7 @@ PRESETS: dict[str, Config] = {
     **_compared("mnist", _MNIST),
     **_weak("mnist", _WEAK),
     "mnist_sigma_delta": replace(
-        _MNIST, neuron="sigma_delta", sigma_delta=_SIGMA_DELTA, phases=_SLOW_PHASES, shrink=0.0
+        _MNIST, neuron="sigma_delta", sigma_delta=_SIGMA_DELTA, phases=_SLOW_PHASES
     ),
     "mnist_sigma_delta_weak": replace(_WEAK_BINARY, neuron="sigma_delta", sigma_delta=_SIGMA_DELTA),
     "mnist_closed_loop_weak": replace(

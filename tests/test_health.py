@@ -138,7 +138,8 @@ def test_an_unsettled_phase_is_told_with_its_layers_and_its_share(
         "furthest are layers [2, 3]"
     }
     # One image among many is no cause: what is told of is the mean.
-    assert complaints(**{f"residuals{suffix}": [0.0, 0.0, 1.0]}) == {}
+    one: dict[str, Any] = {f"residuals{suffix}": [0.0, 0.0, 1.0]}
+    assert complaints(**one) == {}
 
 
 def test_a_phase_that_the_gradient_does_not_need_may_end_anywhere() -> None:
