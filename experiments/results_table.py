@@ -3,7 +3,6 @@
     python experiments/results_table.py --results results/table
 
 A result file is the ``result.json`` of a run, kept as ``DATASET/NAME/seedN.json``; a row is a name,
-<<<<<<< HEAD
 over its seeds. Published results stand above them. What feedback does is measured on validation
 images (`ep_jax.run.recurrence_of`), by the rate network at its fixed point; older files lack it.
 """
