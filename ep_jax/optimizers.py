@@ -313,7 +313,7 @@ def shrink_links(spec: NetworkSpec, rate: float) -> optax.GradientTransformation
 
     Args:
         spec: the network.
-        rate: what a batch of unsettled images takes off in a step, in (0, 1).
+        rate: what a batch of unsettled images takes off in a step, in (0, 1].
 
     Example:
         >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
