@@ -17,14 +17,10 @@ import numpy as np
 import pooling
 import prune
 import pytest
-import recurrence
 import results_table
 
 import ep_jax as ep
 from ep_jax import training
-from ep_jax.data import load
-from ep_jax.optimizers import Muon
-from ep_jax.phases import optimal_relaxation
 
 
 def images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -106,47 +102,6 @@ def test_frontier_measures_against_the_exact_gradient() -> None:
     assert frontier._miss(double) < 1e-4
     spiking = frontier.measure(subject, frontier.DELTA, phases)
     assert spiking["spikes_free"] > 0.1
-
-
-def test_recurrence_of_a_network_trained_by_muon(tmp_path: Path) -> None:
-    """An epoch of the digits at feedback 1: it is recurrent, it settles, its gradient is right."""
-    layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
-    spec = ep.NetworkSpec((8, 8, 1), layers, ep.DeltaCode())
-    phases = ep.Phases(
-        30, 20, 1e-2, "one_sided", relaxation=1.2, stragglers=0.25, free_more=5, nudged_more=5
-    )
-    params, metrics = common.learn(
-        spec,
-        phases,
-        ep.ep_gradient,
-        load("digits"),
-        steps=40,
-        learning_rate=0.02,
-        weight_decay=0.1,
-        gain=0.5,
-        batch=32,
-        optimizer=Muon(),
-        cap=0.9,
-    )
-    assert metrics.loss[-5:].mean() < 0.9 * metrics.loss[:5].mean()
-    assert metrics.links is not None
-    assert float(metrics.links.norms.max()) < 0.95
-    ep.save_weights(tmp_path, params, spec, phases)
-    arguments = recurrence.Arguments(
-        tmp_path, "digits", tmp_path, images=16, batches=2, fast_images=8, scales=(1.0,)
-    )
-    recurrence.check(arguments)
-    found = json.loads((tmp_path / "recurrence.json").read_text())
-    assert len(found["recurrent"]["share"]) == 3
-    assert max(found["recurrent"]["share"]) > 0.02
-    assert max(found["settled"]["distance"]) < 0.02
-    assert list(found["right"]) == ["own, 30 + 20", "rate, 30 + 20"]
-    assert min(found["right"]["rate, 30 + 20"]["lowest"]) > 0.99
-    fast = found["fast"]
-    assert 0.1 < fast["radius_largest"] < 1
-    assert fast["relaxation"] == optimal_relaxation(fast["radius_largest"])
-    assert fast["sweeps"] <= fast["sweeps_without"]
-    assert fast["fixed_points_apart"] < 1e-12
 
 
 @pytest.mark.usefixtures("nans_allowed")
