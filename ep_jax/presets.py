@@ -219,7 +219,7 @@ _FASHION = replace(
 _SIGMA_DELTA = SigmaDelta(lam_power=0.75, nudged_quantum=0.3)
 _SLOW_PHASES = replace(_PHASES, free=40, nudged=20, sweep="alternating", relaxation=1.0)
 
-# The feed-forward limit: feedback so weak that cutting it changes no answer, and EP becomes
+# The feed-forward limit: feedback so weak that cutting it costs nothing, and EP becomes
 # back-propagation with spike-coded errors. A long training by AdamW drives the loop gain up,
 # whatever it was: weights grow tenfold. The code is the knee at the end of such trainings.
 _WEAK_PHASES = replace(_PHASES, free=7, nudged=4, relaxation=1.0)
