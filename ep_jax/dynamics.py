@@ -564,11 +564,14 @@ def residuals(
     state = jax.lax.stop_gradient(state)
     swept = jax.lax.stop_gradient(coordinates.swept(state) if swept is None else swept)
 
-    def relative(new: jax.Array, old: jax.Array, moved: jax.Array) -> jax.Array:
-        apart, size = _norm(new - old), _norm(moved)
-        return jnp.where(size > 0, apart / jnp.where(size > 0, size, 1), jnp.sign(apart))
+    changes = map(jnp.subtract, swept.state, state)
+    return tuple(map(relative_size, changes, coordinates.moved(state)))
 
-    return tuple(map(relative, swept.state, state, coordinates.moved(state)))
+
+def relative_size(change: jax.Array, of: jax.Array) -> jax.Array:
+    """``|change| / |of|``; 1 where `of` is zero and the change is not."""
+    apart, size = _norm(change), _norm(of)
+    return jnp.where(size > 0, apart / jnp.where(size > 0, size, 1), jnp.sign(apart))
 
 
 def _norm(values: jax.Array) -> jax.Array:
@@ -627,19 +630,32 @@ def conclude(
     state = tuple(map(spec.neuron.readout, carry.states))
     swept = coordinates.swept(state)
     found = residuals(coordinates, state, swept)
+    spikes = tuple(carry.spikes)
+    info = info_of(found, carry.t, carry.moving, spikes, mean_size(state), trace)
+    return Settled(carry, state, swept, info)
+
+
+def info_of(
+    found: tuple[jax.Array, ...],
+    sweeps: jax.Array,
+    moving: jax.Array,
+    spikes: tuple[jax.Array, ...],
+    activity: tuple[jax.Array, ...],
+    trace: Any = None,
+) -> PhaseInfo:
+    """The `PhaseInfo` of one example with the residuals `found`."""
     worst = largest(found)
-    info = PhaseInfo(
+    return PhaseInfo(
         residual=worst,
         residuals=found,
         mean_residual=worst,
         unsettled=(worst > UNSETTLED).astype(worst.dtype),
-        sweeps=carry.t.astype(worst.dtype),
-        moving=carry.moving,
-        spikes=tuple(carry.spikes),
-        activity=mean_size(state),
+        sweeps=sweeps.astype(worst.dtype),
+        moving=moving,
+        spikes=spikes,
+        activity=activity,
         trace=trace,
     )
-    return Settled(carry, state, swept, info)
 
 
 def mean_size(state: State) -> tuple[jax.Array, ...]:

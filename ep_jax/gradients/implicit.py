@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from ep_jax import dynamics, network
 from ep_jax.checks import check_integer, check_number
 from ep_jax.costs import cost_gradient
-from ep_jax.dynamics import MOVING, UNSETTLED, Absolute, PhaseInfo, largest, mean_info
+from ep_jax.dynamics import MOVING, Absolute, PhaseInfo, mean_info
 from ep_jax.gradients.batch import GradientInfo, answer, check, settle
 from ep_jax.network import Links, NetworkSpec, Params, State
 from ep_jax.phases import Phases
@@ -94,23 +94,10 @@ def implicit_gradient(
         start = (jnp.zeros((), jnp.int32), source, source)
         sweeps, v, change = jax.lax.while_loop(unsettled, sweep, start)
         moved = jnp.concatenate([jnp.abs(c).ravel() > MOVING for c in change])
-        sizes = tuple(_norm((a,)) for a in v)
-        found = tuple(
-            jnp.where(size > 0, _norm((c,)) / jnp.where(size > 0, size, 1), jnp.sign(_norm((c,))))
-            for c, size in zip(change, sizes, strict=True)
-        )
-        worst = largest(found)
-        info = PhaseInfo(
-            residual=worst,
-            residuals=found,
-            mean_residual=worst,
-            unsettled=(worst > UNSETTLED).astype(worst.dtype),
-            sweeps=sweeps.astype(worst.dtype),
-            moving=jnp.mean(moved, dtype=y.dtype),
-            spikes=tuple(jnp.zeros((), y.dtype) for _ in state),
-            activity=dynamics.mean_size(v),
-        )
-        return v, info
+        found = tuple(map(dynamics.relative_size, change, v))
+        nothing = tuple(jnp.zeros((), y.dtype) for _ in state)
+        moving = jnp.mean(moved, dtype=y.dtype)
+        return v, dynamics.info_of(found, sweeps, moving, nothing, dynamics.mean_size(v))
 
     v, adjoint_info = jax.vmap(adjoint)(free.drives, free.state, given.ys)
 
