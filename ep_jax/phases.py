@@ -20,7 +20,7 @@ with ``rho`` the spectral radius of the synchronous relaxation, a sweep shrinks 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -136,6 +136,23 @@ class Phases:
     def more(self, nudged: bool) -> int:
         """Further sweeps of a phase's stragglers."""
         return self.nudged_more if nudged else self.free_more
+
+    def longer(self, factor: int) -> Phases:
+        """So many times the free sweeps, the stragglers' as well, all of which are made."""
+        return replace(
+            self, free=factor * self.free, free_more=factor * self.free_more, tolerance=None
+        )
+
+    def for_all(self) -> Phases:
+        """The phases in which every example makes as many sweeps as a straggler of these."""
+        return replace(
+            self,
+            free=self.free + self.free_more,
+            nudged=self.nudged + self.nudged_more,
+            stragglers=0.0,
+            free_more=0,
+            nudged_more=0,
+        )
 
     def straggling(self, batch: int) -> int:
         """How many examples of a batch go on."""

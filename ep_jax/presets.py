@@ -259,10 +259,7 @@ def _compared(name: str, spiking: Config) -> dict[str, Config]:
     sweeps with its feedback cut to the limit, in training as well.
     """
     rate = replace(spiking, neuron="rate")
-    longest = spiking.phases.free + spiking.phases.free_more
-    alike = replace(
-        spiking.phases, free=longest, stragglers=0.0, free_more=0, nudged_more=0, limit=None
-    )
+    alike = replace(spiking.phases.for_all(), limit=None)
     through_time = replace(spiking, gradient="bptt", phases=alike)
     one_pass = replace(alike, free=1, relaxation=1.0)
     return {

@@ -9,7 +9,6 @@ and, at the end, ``result.json``, ``weights.npz`` with ``network.json``, and ``f
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -293,11 +292,8 @@ def evaluate(
         ``test_error``, ``test_error_4x``; of one inference: ``spikes_per_neuron`` of each layer,
         and ``synaptic_operations``; and ``recurrence``.
     """
-    longer = dataclasses.replace(
-        phases, free=4 * phases.free, free_more=4 * phases.free_more, tolerance=None
-    )
     answers, info = training.predict(params, spec, phases, data.test_images, key)
-    answers_4x, _ = training.predict(params, spec, longer, data.test_images, key)
+    answers_4x, _ = training.predict(params, spec, phases.longer(4), data.test_images, key)
     return {
         "test_error": training.error_rate(answers, data.test_labels),
         "test_error_4x": training.error_rate(answers_4x, data.test_labels),
@@ -337,15 +333,15 @@ def recurrence_of(
         name: training.error_rate(np.asarray(answers), labels)
         for name, answers in zip(found._fields[1:], found[1:], strict=True)
     }
-    relaxation = _contractivity(params, spec, xs[:radii])
+    relaxation = _relaxation(params, spec, xs[:radii])
     return {
         "feedback": spec.feedback,
         "share": [float(share) for share in found.share],
         "error": errors["own"],
         **{f"error_{name}": errors[name] for name in ("cut", "mean", "other")},
-        "radius_mean": float(relaxation.radius.mean()),
-        "radius_largest": float(relaxation.radius.max()),
-        "ambiguous": float((relaxation.disagreement > AMBIGUOUS).mean()),
+        "radius_mean": relaxation["mean"],
+        "radius_largest": relaxation["largest"],
+        "ambiguous": relaxation["ambiguous"],
         "images": len(xs),
     }
 
@@ -487,12 +483,16 @@ def _radius(params: Params, spec: NetworkSpec, data: Dataset) -> Record | None:
     if not len(data.validation_images):
         return None
     xs = jnp.asarray(to_float(data.validation_images[:RADIUS_IMAGES]))
+    return _relaxation(params, spec, xs) | {"images": len(xs)}
+
+
+def _relaxation(params: Params, spec: NetworkSpec, xs: jax.Array) -> Record:
+    """Spectral radius, ``mean`` and ``largest``; share of images with an ``ambiguous`` state."""
     found = _contractivity(params, spec, xs)
     return {
         "mean": float(found.radius.mean()),
         "largest": float(found.radius.max()),
         "ambiguous": float((found.disagreement > AMBIGUOUS).mean()),
-        "images": len(xs),
     }
 
 

@@ -8,7 +8,6 @@ is read after each of them.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import for_all
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
@@ -105,8 +103,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     """Measure, write, return."""
     params, spec, phases = ep.load_weights(arguments.weights)
     data = load(arguments.dataset, data_dir=arguments.data_dir)
-    most = for_all(phases)
-    longer = dataclasses.replace(most, free=4 * most.free, tolerance=None)
+    most = phases.for_all()
+    longer = most.longer(4)
     answers, spikes = follow(params, spec, longer, data.test_images, arguments.batch)
     rows = [
         {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +59,6 @@ def learn(
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
     state, metrics = jax.jit(run)(state, images, labels, jnp.asarray(batches), step_key)
     return state.params, metrics
-
-
-def for_all(phases: ep.Phases) -> ep.Phases:
-    """The phases in which every example makes as many sweeps as a straggler of `phases`."""
-    return replace(
-        phases,
-        free=phases.free + phases.free_more,
-        nudged=phases.nudged + phases.nudged_more,
-        stragglers=0.0,
-        free_more=0,
-        nudged_more=0,
-    )
 
 
 def validation_batches(data: Dataset, batches: int, batch: int) -> tuple[np.ndarray, np.ndarray]:

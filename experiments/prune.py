@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import tyro
-from common import for_all
 from rich.console import Console
 
 from ep_jax import load_weights, save_weights
@@ -54,7 +53,7 @@ def run(arguments: Arguments) -> None:
     """Prune, compare on the validation images, evaluate, write."""
     params, spec, phases = load_weights(arguments.weights)
     data = load(arguments.dataset, data_dir=arguments.data_dir)
-    awake = activity(params, spec, for_all(phases), data.train_images)
+    awake = activity(params, spec, phases.for_all(), data.train_images)
     keep = tuple(share > arguments.share for share in awake)
     networks = {"before": (params, spec), "after": prune(params, spec, keep)}
     answers = {
