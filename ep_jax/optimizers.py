@@ -116,7 +116,7 @@ def make_optimizer(
             weight off (`AdamW`, `Muon`), or adds decay times the weight to the gradient (`SGD`).
         warmup: share of the steps during which the rate rises linearly from 0.
         cap: what `cap_links` holds the norms of the links at; ``None``: no cap.
-        shrink: the rate at which `shrink_links` shrinks them while images are unsettled.
+        shrink: the decay that `shrink_links` adds to theirs while images are unsettled.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -129,7 +129,7 @@ def make_optimizer(
     check_integer("steps", steps, at_least=1)
     check_non_negative("weight_decay", weight_decay)
     check_non_negative("warmup", warmup, at_most=1.0)
-    check_non_negative("shrink", shrink, at_most=1.0)
+    check_non_negative("shrink", shrink)
     depth = len(spec.layers)
     if len(layer_rates) not in (0, depth):
         raise ValueError(f"layer_rates is {tuple(layer_rates)}; expected a factor for each of the "
@@ -162,9 +162,9 @@ def make_optimizer(
 
     return optax.chain(
         *direction,
+        *((shrink_links(spec, shrink),) if shrink else ()),
         optax.stateless(scale_layers),
         optax.scale_by_learning_rate(schedule),
-        *((shrink_links(spec, shrink),) if shrink else ()),
         *(() if cap is None else (cap_links(spec, cap),)),
     )
 
@@ -303,27 +303,28 @@ def _scale_links(updates: Any, params: Any, factors: Any) -> Any:
     return tuple(scaled)
 
 
-def shrink_links(spec: NetworkSpec, rate: float) -> optax.GradientTransformationExtraArgs:
-    """Shrink the weights of all links while images are unsettled: a controller of the radius.
+def shrink_links(spec: NetworkSpec, decay: float) -> optax.GradientTransformationExtraArgs:
+    """Decay of the links' weights while images are unsettled: a controller of the radius.
 
-    Each step takes ``rate * unsettled`` of every link's weights off, where ``unsettled`` is the
-    share of the batch that the free phase left unsettled (`ep_jax.PhaseInfo`): what is observed of
-    contractivity, where `cap_links` holds what would prove it. It comes last in a chain, and
+    Adds ``decay * unsettled`` times the weights to the direction of a step, where ``unsettled`` is
+    the share of the batch that the free phase left unsettled (`ep_jax.PhaseInfo`): what is observed
+    of contractivity, where `cap_links` holds what would prove it. Like weight decay it comes before
+    the learning rate, so that it keeps its strength against the steps as they become small.
     ``update`` takes ``unsettled`` as an argument by name (0 where it is not given).
 
     Args:
         spec: the network.
-        rate: what a batch of unsettled images takes off in a step, in (0, 1].
+        decay: the decay where all images are unsettled.
 
     Example:
         >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
         >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
-        >>> shrinking, still = shrink_links(spec, 0.5), jax.tree.map(jnp.zeros_like, params)
-        >>> updates, _ = shrinking.update(still, shrinking.init(params), params, unsettled=0.25)
-        >>> [(u["w"] + p["w"]).item() for u, p in zip(updates, params)]
-        [1.0, 0.875]
+        >>> shrinking, still = shrink_links(spec, 2.0), jax.tree.map(jnp.zeros_like, params)
+        >>> direction, _ = shrinking.update(still, shrinking.init(params), params, unsettled=0.25)
+        >>> [d["w"].item() for d in direction]
+        [0.0, 0.5]
     """
-    check_number("rate", rate, above=0.0, at_most=1.0)
+    check_number("decay", decay, above=0.0)
 
     def update(
         updates: Any, state: Any, params: Any = None, *, unsettled: Any = 0.0, **others: Any
@@ -331,8 +332,11 @@ def shrink_links(spec: NetworkSpec, rate: float) -> optax.GradientTransformation
         del others
         if params is None:
             raise ValueError("params is None; expected the parameters, which shrink_links scales")
-        factor = 1.0 - rate * unsettled
-        return _scale_links(updates, params, (factor,) * (spec.depth - 1)), state
+        directions = list(updates)
+        for l in range(1, spec.depth):
+            w = directions[l]["w"] + decay * unsettled * params[l]["w"]
+            directions[l] = {**directions[l], "w": w}
+        return tuple(directions), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

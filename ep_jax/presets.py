@@ -112,7 +112,7 @@ class Config:
     cap: float | None = None
     """Largest norm of the links between layers; by default they are free."""
     shrink: float = 0.0
-    """Links shrink a step by this times the share of the batch that has not settled."""
+    """Weight decay of the links on top, times the share of the batch that has not settled."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """How the training images are varied."""
 
@@ -137,7 +137,7 @@ class Config:
             check_number("cap", self.cap, above=0.0)
         check_non_negative("weight_decay", self.weight_decay)
         check_non_negative("warmup", self.warmup, at_most=1.0)
-        check_non_negative("shrink", self.shrink, at_most=1.0)
+        check_non_negative("shrink", self.shrink)
         if len(self.channels) != len(self.kernels):
             raise ValueError(f"kernels is {self.kernels}; expected one kernel for each of the "
                              f"{len(self.channels)} entries of channels")  # fmt: skip

@@ -266,12 +266,12 @@ def test_a_cap_leaves_what_is_below_it_alone() -> None:
 def test_links_shrink_by_the_share_of_unsettled_images(name: str) -> None:
     """Input weights, biases or a read-out that shrink as well; a sign that makes links grow.
 
-    Without a gradient a step takes ``rate * unsettled`` of the links off and nothing else; where
-    all have settled, or nobody says, none.
+    Without a gradient a step takes learning rate times decay times ``unsettled`` of the links off
+    and nothing else; where all have settled, or nobody says, none.
     """
     spec = LINKED[name]
     params = make_params(spec)
-    optimizer: Any = make_optimizer(spec, SGD(), learning_rate=0.1, steps=9, shrink=0.4)
+    optimizer: Any = make_optimizer(spec, SGD(), learning_rate=0.1, steps=9, shrink=4.0)
     still = jax.tree.map(jnp.zeros_like, params)
     for told, expected in (({"unsettled": 0.25}, 0.1), ({"unsettled": 0.0}, 0.0), ({}, 0.0)):
         with jax.numpy_dtype_promotion("standard"):
