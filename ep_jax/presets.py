@@ -178,22 +178,28 @@ def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> Netwo
 
 # Feedback 1, the paper's network. Muon grows all singular values of the links alike, so the loop
 # gain stays where the weight decay holds it; AdamW and SGD feed the one direction of the mean
-# activity. The nudge saturates at strong feedback, so beta is small.
+# activity. The nudge saturates at strong feedback, so beta is small. Few images need many sweeps:
+# an eighth of the batch goes on. Those that are all but critical are kept from outweighing the
+# others.
 _PHASES = Phases(
-    free=12,
-    nudged=8,
-    beta=0.03,
+    free=8,
+    nudged=6,
+    beta=0.02,
     estimator="one_sided",
     sweep="ordered",
     coordinates="displacement",
-    relaxation=1.4,
+    relaxation=1.5,
+    stragglers=0.125,
+    free_more=16,
+    nudged_more=14,
+    limit=3.0,
 )
 _MNIST = Config(
     dataset="mnist",
-    epochs=12,
+    epochs=16,
     gain=0.29,
     feedback=1.0,
-    phases=replace(_PHASES, free=16, nudged=10, relaxation=1.5),
+    phases=_PHASES,
     optimizer="muon",
     learning_rate=0.01,
     weight_decay=0.3,
@@ -208,7 +214,7 @@ _FASHION = replace(
     kernels=(5, 3),
     padding="SAME",
     hidden=(256,),
-    phases=_PHASES,
+    phases=replace(_PHASES, free=12, nudged=8),
     learning_rate=0.02,
     weight_decay=0.1,
     cap=0.72,
@@ -217,12 +223,15 @@ _FASHION = replace(
 
 # Binary spikes, whose trace must forget, ask for more sweeps.
 _SIGMA_DELTA = SigmaDelta(lam_power=0.75, nudged_quantum=0.3)
-_SLOW_PHASES = replace(_PHASES, free=40, nudged=20, sweep="alternating", relaxation=1.0)
+_PLAIN = replace(
+    _PHASES, beta=0.03, relaxation=1.0, stragglers=0.0, free_more=0, nudged_more=0, limit=None
+)
+_SLOW_PHASES = replace(_PLAIN, free=40, nudged=20, sweep="alternating")
 
 # The feed-forward limit: feedback so weak that cutting it costs nothing, and EP becomes
 # back-propagation with spike-coded errors. A long training by AdamW drives the loop gain up,
 # whatever it was: weights grow tenfold. The code is the knee at the end of such trainings.
-_WEAK_PHASES = replace(_PHASES, free=7, nudged=4, relaxation=1.0)
+_WEAK_PHASES = replace(_PLAIN, free=7, nudged=4)
 _WEAK = Config(
     dataset="mnist",
     epochs=30,
