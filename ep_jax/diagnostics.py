@@ -715,60 +715,85 @@ def suggest_phases(
         coordinates="displacement",
         relaxation=optimal_relaxation(largest) if damped else 1.0,
     )
-    exact = dataclasses.replace(SETTLED, free=max(SETTLED.free, max_sweeps))
-    free, nudged = jax.jit(_sweeps_needed, static_argnames=("spec", "phases", "exact"))(
-        params, spec, xs, phases, exact, tolerance
+    found = jax.jit(sweeps_needed, static_argnames=("spec", "phases"))(
+        params, spec, xs, phases, tolerance
     )
-    for name, needed in (("free", int(free)), ("nudged", int(nudged))):
+    free, nudged = int(found.free.max()), int(found.nudged.max())
+    for name, needed in (("free", free), ("nudged", nudged)):
         if needed > max_sweeps:
             raise ValueError(f"max_sweeps is {max_sweeps}, after which the {name} phase of some of "
                              f"xs is not within tolerance={tolerance:g} of its fixed point; "
                              "expected more sweeps or a larger tolerance")  # fmt: skip
-    return dataclasses.replace(phases, free=int(free), nudged=int(nudged))
+    return dataclasses.replace(phases, free=free, nudged=nudged)
 
 
-def _sweeps_needed(
-    params: Params,
-    spec: NetworkSpec,
-    xs: jax.Array,
-    phases: Phases,
-    exact: Phases,
-    tolerance: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Sweeps, free and nudged, after which all inputs stay within `tolerance` of where they go.
+class SweepsNeeded(NamedTuple):
+    """How many sweeps inputs need; see `sweeps_needed`.
 
-    One more than there are where some do not. Both fixed points are the rate twin's.
+    Attributes:
+        free: of the free phase, ``[B]``; one more than were made where that was not enough.
+        nudged: of the nudged phase.
+        rest: the fixed points of the free phase, arrays ``[B, ...]``.
+    """
+
+    free: jax.Array
+    nudged: jax.Array
+    rest: State
+
+
+def sweeps_needed(
+    params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases, tolerance: float = 1e-3
+) -> SweepsNeeded:
+    """Sweeps after which inputs are, and stay, within `tolerance` of their fixed points.
+
+    It is the relative distance of each layer, of the nudged phase the displacement's. Fixed points
+    are those of the rate twin, after ten times as many sweeps.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        xs: inputs ``[B, *spec.input_shape]``.
+        phases: the most sweeps that are counted, their order, relaxation and nudge, which is
+            towards the next class. Tolerance and stragglers play no part.
+        tolerance: the largest relative distance from the fixed point.
+
+    Example:
+        >>> spec = NetworkSpec((3,), (network.Dense(8), network.Dense(2)), neuron=Rate())
+        >>> params = network.init_params(jax.random.key(0), spec, gain=0.5)
+        >>> found = sweeps_needed(params, spec, jnp.ones((4, 3)), Phases(free=50, nudged=50))
+        >>> found.free.shape, bool(found.free.max() < 50)
+        ((4,), True)
     """
     twin = rate_twin(spec)
     links = network.link(params, twin)
     keys = jax.random.split(jax.random.key(0), len(xs)) if spec.neuron.stochastic else None
+    phases = dataclasses.replace(
+        phases, tolerance=None, stragglers=0.0, free_more=0, nudged_more=0, limit=None
+    )
+    exact = dataclasses.replace(phases, free=10 * phases.free, nudged=10 * phases.nudged)
 
     def needed(coordinates: Coordinates, key: jax.Array | None) -> tuple[jax.Array, State]:
         goal = dynamics.settle(twin, exact, coordinates, None).state
         logical = network.unpack(spec, goal)
 
         def distance(now: Snapshot) -> jax.Array:
-            apart = [
-                jnp.linalg.norm(s - g) / jnp.maximum(jnp.linalg.norm(g), jnp.finfo(g.dtype).tiny)
-                for s, g in zip(now.state, logical, strict=True)
-            ]
-            return jnp.max(jnp.stack(apart))
+            changes = (s - g for s, g in zip(now.state, logical, strict=True))
+            return dynamics.largest(tuple(map(dynamics.relative_size, changes, logical)))
 
         away = dynamics.settle(spec, phases, coordinates, key, distance).info.trace
         last = jnp.max(jnp.where(away > tolerance, jnp.arange(len(away)), -1))
         return last + 2, goal
 
-    def one(x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def one(x: jax.Array, key: jax.Array | None) -> SweepsNeeded:
         coordinates = Absolute(spec, links, network.input_drive(spec, links, x))
         free, rest = needed(coordinates, key)
         base = dynamics.base_of(spec, links, coordinates.swept(rest))
         answer = read_out(links, rest[-1])
         target = jnp.roll(jax.nn.one_hot(answer.argmax(), spec.classes, dtype=x.dtype), 1)
         nudged, _ = needed(Displacement(spec, links, base, target, phases.beta), key)
-        return free, nudged
+        return SweepsNeeded(free, nudged, network.unpack(spec, rest))
 
-    free, nudged = jax.lax.map(lambda args: one(*args), (xs, keys), batch_size=min(len(xs), 64))
-    return free.max(), nudged.max()
+    return jax.lax.map(lambda args: one(*args), (xs, keys), batch_size=min(len(xs), 64))
 
 
 AMBIGUOUS = 1e-2

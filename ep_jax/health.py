@@ -80,7 +80,8 @@ def complaints(record: Mapping[str, Any], spec: NetworkSpec, config: Config) -> 
     for name, (suffix, sweeps) in looked_at.items():
         residual, unsettled = record[f"mean_residual{suffix}"], record[f"unsettled{suffix}"]
         if residual > UNSETTLED:
-            worst = np.array(record[f"residuals{suffix}"]) > UNSETTLED
+            layers = np.array(record[f"residuals{suffix}"])
+            worst = layers >= min(UNSETTLED, layers.max())
             said[f"{name} phase"] = (
                 f"the {name} phase has not settled after {sweeps} sweeps: one more would move "
                 f"{'the displacement' if name == 'nudged' else 'the state'} by "

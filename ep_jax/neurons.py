@@ -40,7 +40,7 @@ class Clock(NamedTuple):
     Attributes:
         step: 0-based number of the sweep within its phase.
         steps: number of sweeps of the phase.
-        before: number of sweeps of the phases before this one.
+        before: number of sweeps of the phases before this one, those of a straggler.
         layer: 1-based number of the layer.
         unit: scale of the state in this layer and phase: 1 in the free phase and in displacement
             coordinates, ``|beta| alpha^(L - l)`` in a nudged phase in absolute coordinates.

@@ -23,8 +23,8 @@ STATIC = ("spec", "phases")
 ADAMW = AdamW()
 
 STUDIED = ep.DeltaCode(quantum=0.5, decay=0.6, lag=1.0, nudged_quantum=0.7, nudged_decay=0.5)
-"""The code of the studies of the frontier and of pooling, ternary on a schedule; it suits 9 + 6
-ordered sweeps at feedback .05."""
+"""The code of the study of pooling, ternary on a schedule; it suits 9 + 6 ordered sweeps at
+feedback .05."""
 
 
 def learn(

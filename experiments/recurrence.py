@@ -146,35 +146,19 @@ def fast(params: ep.Params, spec: ep.NetworkSpec, data: Dataset, images: int) ->
             return found
         omega = optimal_relaxation(radius)
 
-        @functools.partial(jax.jit, static_argnames="relaxation")
-        def settle(xs: jax.Array, relaxation: float) -> tuple[ep.State, jax.Array]:
-            """The fixed points, and the sweeps after which each layer stays near them."""
-            traced = ep.Phases(free=MOST_SWEEPS, relaxation=relaxation)
+        def settle(relaxation: float) -> diagnostics.SweepsNeeded:
+            phases = ep.Phases(free=MOST_SWEEPS, nudged=1, relaxation=relaxation)
+            needed = jax.jit(diagnostics.sweeps_needed, static_argnames=STATIC)
+            return jax.device_get(needed(doubled, twin, xs, phases))
 
-            def one(x: jax.Array) -> tuple[ep.State, jax.Array]:
-                long = dataclasses.replace(traced, free=10 * MOST_SWEEPS)
-                rest, _ = ep.free_phase(doubled, twin, x, long)
-
-                def away(now: ep.Snapshot) -> jax.Array:
-                    gaps = [
-                        jnp.linalg.norm(s - r) / jnp.linalg.norm(r)
-                        for s, r in zip(now.state, rest, strict=True)
-                    ]
-                    return jnp.max(jnp.stack(gaps))
-
-                gaps = ep.free_phase(doubled, twin, x, traced, trace=away)[1].trace
-                return rest, jnp.max(jnp.where(gaps > 1e-3, jnp.arange(MOST_SWEEPS), -1)) + 2
-
-            return jax.lax.map(one, xs, batch_size=16)
-
-        rest, without = jax.device_get(settle(xs, 1.0))
-        other, relaxed = jax.device_get(settle(xs, omega))
-    apart = max(float(np.max(np.abs(a - b))) for a, b in zip(rest, other, strict=True))
+        without, relaxed = settle(1.0), settle(omega)
+    pairs = zip(without.rest, relaxed.rest, strict=True)
+    apart = max(float(np.max(np.abs(a - b))) for a, b in pairs)
     return found | {
         "relaxation": omega,
-        "sweeps": int(relaxed.max()),
-        "sweeps_without": int(without.max()),
-        "gain": int(without.max()) / int(relaxed.max()),
+        "sweeps": int(relaxed.free.max()),
+        "sweeps_without": int(without.free.max()),
+        "gain": int(without.free.max()) / int(relaxed.free.max()),
         "gain_by_young": math.log(omega - 1.0) / math.log(radius**2),
         "fixed_points_apart": apart,
     }

@@ -17,10 +17,14 @@ import numpy as np
 import pooling
 import prune
 import pytest
+import recurrence
 import results_table
 
 import ep_jax as ep
 from ep_jax import training
+from ep_jax.data import load
+from ep_jax.optimizers import Muon
+from ep_jax.phases import optimal_relaxation
 
 
 def images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +38,7 @@ def test_gradient_check_of_saved_weights(tmp_path: Path) -> None:
     """A network nobody trained: at weak feedback its rate gradients are exact, and so says it."""
     layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
     spec = ep.NetworkSpec((8, 8, 1), layers, ep.DeltaCode(), feedback=0.1)
-    phases = ep.Phases(20, 12, 1e-3, "one_sided", "alternating", "displacement")
+    phases = ep.Phases(20, 12, 1e-3, "one_sided", stragglers=0.5, free_more=2, nudged_more=2)
     ep.save_weights(tmp_path, ep.init_params(jax.random.key(0), spec), spec, phases)
     arguments = gradient_check.Arguments(
         tmp_path / "out", weights=tmp_path, dataset="digits", batches=2, batch=8
@@ -87,21 +91,57 @@ def test_a_max_pool_does_not_see_spikes_as_it_sees_traces() -> None:
 
 
 def test_frontier_measures_against_the_exact_gradient() -> None:
-    """A settled rate network agrees with it; spikes are counted, precision is what it says."""
+    """A settled rate network agrees with it; a code's spikes are counted."""
     xs, ys = images(4)
-    spec = frontier._spec(0.1, ep.Rate())
+    spec = ep.NetworkSpec((28, 28, 1), (ep.Conv(4, 5), ep.Dense(10)))
     params = ep.init_params(jax.random.key(0), spec, 0.6)
     exact = common.exact_gradients(params, spec, xs[None], ys[None])
-    subject = frontier.Subject("early", 0.1, params, exact, xs[None], ys[None])
-    phases = ep.Phases(12, 8, 1e-3, "one_sided", "alternating", "displacement")
-    row = frontier.measure(subject, ep.Rate(), phases)
-    assert frontier._miss(row) < 1e-4
-    assert row["spikes_free"] == 0
-    double = frontier.measure(subject, ep.Rate(), phases, "float64")
-    assert double["cosine"].dtype == np.float64
-    assert frontier._miss(double) < 1e-4
-    spiking = frontier.measure(subject, frontier.DELTA, phases)
-    assert spiking["spikes_free"] > 0.1
+    subject = frontier.Subject("early", spec, params, exact, xs[None], ys[None])
+    rate = frontier.measure(subject, frontier.RATE, ep.Phases())
+    assert frontier.cosines(rate).min() > 0.9999
+    assert rate["spikes_free"] == 0
+    assert frontier.measure(subject, frontier.CODE, ep.Phases())["spikes_free"] > 0.1
+
+
+def test_recurrence_of_a_network_trained_by_muon(tmp_path: Path) -> None:
+    """An epoch of the digits at feedback 1: it is recurrent, it settles, its gradient is right."""
+    layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
+    spec = ep.NetworkSpec((8, 8, 1), layers, ep.DeltaCode())
+    phases = ep.Phases(
+        30, 20, 1e-2, "one_sided", relaxation=1.2, stragglers=0.25, free_more=5, nudged_more=5
+    )
+    params, metrics = common.learn(
+        spec,
+        phases,
+        ep.ep_gradient,
+        load("digits"),
+        steps=40,
+        learning_rate=0.02,
+        weight_decay=0.1,
+        gain=0.5,
+        batch=32,
+        optimizer=Muon(),
+        cap=0.9,
+    )
+    assert metrics.loss[-5:].mean() < 0.9 * metrics.loss[:5].mean()
+    assert metrics.links is not None
+    assert max(float(norm.max()) for norm in metrics.links.norms) < 0.95
+    ep.save_weights(tmp_path, params, spec, phases)
+    arguments = recurrence.Arguments(
+        tmp_path, "digits", tmp_path, images=16, batches=2, fast_images=8, scales=(1.0,)
+    )
+    recurrence.check(arguments)
+    found = json.loads((tmp_path / "recurrence.json").read_text())
+    assert len(found["recurrent"]["share"]) == 3
+    assert max(found["recurrent"]["share"]) > 0.02
+    assert max(found["settled"]["distance"]) < 0.02
+    assert list(found["right"]) == ["own, 30 + 20", "rate, 30 + 20"]
+    assert min(found["right"]["rate, 30 + 20"]["lowest"]) > 0.99
+    fast = found["fast"]
+    assert 0.1 < fast["radius_largest"] < 1
+    assert fast["relaxation"] == optimal_relaxation(fast["radius_largest"])
+    assert fast["sweeps"] <= fast["sweeps_without"]
+    assert fast["fixed_points_apart"] < 1e-12
 
 
 @pytest.mark.usefixtures("nans_allowed")
