@@ -747,7 +747,7 @@ def sweeps_needed(
     """Sweeps after which inputs are, and stay, within `tolerance` of their fixed points.
 
     It is the relative distance of each layer, of the nudged phase the displacement's. Fixed points
-    are those of the rate twin, after ten times as many sweeps.
+    are those of the rate twin, to rounding or after ten times as many sweeps.
 
     Args:
         params: parameters of `spec`.
@@ -770,7 +770,12 @@ def sweeps_needed(
     phases = dataclasses.replace(
         phases, tolerance=None, stragglers=0.0, free_more=0, nudged_more=0, limit=None
     )
-    exact = dataclasses.replace(phases, free=10 * phases.free, nudged=10 * phases.nudged)
+    exact = dataclasses.replace(
+        phases,
+        free=10 * phases.free,
+        nudged=10 * phases.nudged,
+        tolerance=16 * float(jnp.finfo(xs.dtype).eps),
+    )
 
     def needed(coordinates: Coordinates, key: jax.Array | None) -> tuple[jax.Array, State]:
         goal = dynamics.settle(twin, exact, coordinates, None).state
