@@ -14,10 +14,10 @@ DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard ep_jax experiments benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint typecheck env clean
+.PHONY: help demo test test-slow coverage lint typecheck env clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo 'Variables: PYTHON (3.11 or newer), VENV (.venv), WORKERS (2; 0 runs the tests in one process)'
 
@@ -26,9 +26,12 @@ demo: $(RUNTIME) ## train a small network on the digits, from scratch
 	$(BIN)/python experiments/train.py --preset digits --out runs/demo
 
 test: $(DEV) ## run the tests
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
-coverage: $(DEV) ## run the tests, and tell which lines of ep_jax they miss
+test-slow: $(DEV) ## run the tests that take longest
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+coverage: $(DEV) ## run all tests, and tell which lines of ep_jax they miss
 	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
 
 lint: $(DEV) ## check style and formatting

@@ -86,6 +86,15 @@ Settings: TypeAlias = AdamW | Muon | SGD
 """Any of the optimisers."""
 
 
+def check_layer_factors(name: str, values: Sequence[float], depth: int) -> None:
+    """Raise where `values` are not a factor for each layer, or none at all."""
+    if len(values) not in (0, depth):
+        raise ValueError(f"{name} is {tuple(values)}; expected a factor for each of the {depth} "
+                         "layers, or none")  # fmt: skip
+    for value in values:
+        check_non_negative(name, value)
+
+
 def _check_decay(name: str, value: Any) -> None:
     check_non_negative(name, value, at_most=1.0)
     if value == 1:
@@ -100,6 +109,7 @@ def make_optimizer(
     steps: int,
     layer_rates: Sequence[float] = (),
     weight_decay: float = 0.0,
+    layer_decays: Sequence[float] = (),
     warmup: float = 0.0,
     cap: float | None = None,
     shrink: float = 0.0,
@@ -114,6 +124,7 @@ def make_optimizer(
         layer_rates: factor on the learning rate for each layer, from the lowest up; empty: 1.
         weight_decay: on weights and not on biases. A step takes learning rate times decay times the
             weight off (`AdamW`, `Muon`), or adds decay times the weight to the gradient (`SGD`).
+        layer_decays: factor on the weight decay for each layer; empty: 1.
         warmup: share of the steps during which the rate rises linearly from 0.
         cap: what `cap_links` holds the norms of the links at; ``None``: no cap.
         shrink: the decay that `shrink_links` adds to theirs while images are unsettled.
@@ -131,18 +142,15 @@ def make_optimizer(
     check_non_negative("warmup", warmup, at_most=1.0)
     check_non_negative("shrink", shrink)
     depth = len(spec.layers)
-    if len(layer_rates) not in (0, depth):
-        raise ValueError(f"layer_rates is {tuple(layer_rates)}; expected a factor for each of the "
-                         f"{depth} layers, or none")  # fmt: skip
-    for rate in layer_rates:
-        check_non_negative("layer_rates", rate)
+    for name, values in (("layer_rates", layer_rates), ("layer_decays", layer_decays)):
+        check_layer_factors(name, values, depth)
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else learning_rate,
         peak_value=learning_rate,
         warmup_steps=round(warmup * steps),
         decay_steps=steps,
     )
-    decay = optax.add_decayed_weights(weight_decay, mask=({"w": True, "b": False},) * depth)
+    decay = _decay([weight_decay * factor for factor in layer_decays or (1.0,) * depth])
     bias_factor = 1.0
     match settings:
         case AdamW():
@@ -167,6 +175,18 @@ def make_optimizer(
         optax.scale_by_learning_rate(schedule),
         *(() if cap is None else (cap_links(spec, cap),)),
     )
+
+
+def _decay(decays: Sequence[float]) -> optax.GradientTransformation:
+    """Adds its decay times the weights of each layer to the direction of a step; not of biases."""
+
+    def update(updates: Any, params: Any) -> Any:
+        return tuple(
+            {**u, "w": u["w"] + decay * p["w"]}
+            for u, p, decay in zip(updates, params, decays, strict=True)
+        )
+
+    return optax.stateless(update)
 
 
 def _muon(settings: Muon, depth: int) -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ from ep_jax.gradients import GRADIENTS
 from ep_jax.layers import Conv, Dense, Layer
 from ep_jax.network import NetworkSpec
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
-from ep_jax.optimizers import SGD, AdamW, Muon
+from ep_jax.optimizers import SGD, AdamW, Muon, check_layer_factors
 from ep_jax.phases import Phases
 from ep_jax.training import Augmentation
 
@@ -122,6 +122,8 @@ class Config:
     """Share of the training during which the learning rate rises from 0."""
     weight_decay: float = 0.3
     """Weight decay (not on biases): decoupled, but with sgd part of the gradient."""
+    layer_decays: tuple[float, ...] = ()
+    """Factor on the weight decay of each layer; empty: 1 for all."""
     cap: float | None = None
     """Largest norm of the links between layers; by default they are free."""
     shrink: float = 0.0
@@ -155,11 +157,8 @@ class Config:
             raise ValueError(f"kernels is {self.kernels}; expected one kernel for each of the "
                              f"{len(self.channels)} entries of channels")  # fmt: skip
         depth = len(self.channels) + len(self.hidden) + 1
-        if len(self.layer_rates) not in (0, depth):
-            raise ValueError(f"layer_rates is {self.layer_rates}; expected a factor for each of "
-                             f"the {depth} layers, or none")  # fmt: skip
-        for rate in self.layer_rates:
-            check_non_negative("layer_rates", rate)
+        for name in ("layer_rates", "layer_decays"):
+            check_layer_factors(name, getattr(self, name), depth)
 
 
 def neuron_of(config: Config) -> Neuron:

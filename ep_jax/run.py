@@ -274,6 +274,7 @@ def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.Gradien
         steps=steps,
         layer_rates=config.layer_rates,
         weight_decay=config.weight_decay,
+        layer_decays=config.layer_decays,
         warmup=config.warmup,
         cap=config.cap,
         shrink=config.shrink,

@@ -86,15 +86,23 @@ def test_adam_is_its_recursion_with_a_rate_per_layer_and_a_cosine(settings: Adam
 
 
 @pytest.mark.parametrize("settings", [AdamW(), Muon()])
-def test_weight_decay_spares_biases_and_follows_the_rate_of_the_layer(settings: Settings) -> None:
+def test_weight_decay_spares_biases_and_follows_rate_and_decay_of_the_layer(
+    settings: Settings,
+) -> None:
     """With no gradient a decoupled decay moves weights by -rate * decay * w and nothing else."""
     params = jax.tree.map(lambda p: jnp.full_like(p, 2.0), make_params(DENSE))
     optimizer = make_optimizer(
-        DENSE, settings, learning_rate=0.01, steps=10, layer_rates=(1.0, 0.25), weight_decay=0.1
+        DENSE,
+        settings,
+        learning_rate=0.01,
+        steps=10,
+        layer_rates=(1.0, 0.25),
+        weight_decay=0.1,
+        layer_decays=(0.5, 3.0),
     )
     (updates,) = run(optimizer, [jax.tree.map(jnp.zeros_like, params)], params)
-    for layer, rate in zip(updates, (0.01, 0.0025), strict=True):
-        np.testing.assert_allclose(layer["w"], -rate * 0.1 * 2.0, rtol=1e-6)
+    for layer, rate, decay in zip(updates, (0.01, 0.0025), (0.05, 0.3), strict=True):
+        np.testing.assert_allclose(layer["w"], -rate * decay * 2.0, rtol=1e-6)
         np.testing.assert_array_equal(layer["b"], 0.0)
 
 
