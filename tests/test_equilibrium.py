@@ -187,6 +187,7 @@ def winners(spec: ep.NetworkSpec, params: Any, state: Any, l: int) -> jax.Array:
     return windows.reshape(-1, 4).argmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POOLED)
 def test_displaced_max_pools_let_their_winners_move(name: str) -> None:
     """Winners held where they were, a minimum that should be a maximum, shares of a tie.

@@ -71,6 +71,7 @@ def test_gradient_check_names_what_is_missing(arguments: Any, message: str) -> N
         gradient_check.Arguments(Path("out"), **arguments)
 
 
+@pytest.mark.slow
 def test_a_max_pool_does_not_see_spikes_as_it_sees_traces() -> None:
     """The study's mechanism: single spikes move winners and inflate maxima, traces hardly do."""
     budget = pooling.Budget(channels=(4, 4), hidden=8, gain=1.0)
@@ -103,6 +104,7 @@ def test_frontier_measures_against_the_exact_gradient() -> None:
     assert frontier.measure(subject, frontier.CODE, ep.Phases())["spikes_free"] > 0.1
 
 
+@pytest.mark.slow
 def test_recurrence_of_a_network_trained_by_muon(tmp_path: Path) -> None:
     """An epoch of the digits at feedback 1: it is recurrent, it settles, its gradient is right."""
     layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
