@@ -114,13 +114,13 @@ class Config:
     """Settings of Muon: momentum made orthogonal; biases by Adam."""
     sgd: SGD = field(default_factory=SGD)
     """Settings of gradient descent with momentum."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     """Peak learning rate; it decays to 0 along a cosine."""
     layer_rates: tuple[float, ...] = ()
     """Factor on the learning rate of each layer; empty: 1 for all."""
     warmup: float = 0.0
     """Share of the training during which the learning rate rises from 0."""
-    weight_decay: float = 0.3
+    weight_decay: float = 0.1
     """Weight decay (not on biases): decoupled, but with sgd part of the gradient."""
     layer_decays: tuple[float, ...] = ()
     """Factor on the weight decay of each layer; empty: 1 for all."""
@@ -200,7 +200,6 @@ _FASHION = Config(
     padding="SAME",
     hidden=(256,),
     phases=replace(_PHASES, free=12, nudged=8),
-    learning_rate=0.005,
     shrink=2.0,
     augmentation=Augmentation(flip=True, erase=4),
 )
