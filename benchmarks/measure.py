@@ -38,7 +38,7 @@ TEXTBOOK = ep.Phases(
 """The textbook's phases."""
 PRESET = PRESETS["mnist"]
 SPIKING = spec_of(PRESET, SHAPE, 10)
-ALIKE = replace(PRESET.phases, stragglers=0.0, free_more=0, nudged_more=0)
+ALIKE = PRESET.phases.without_stragglers()
 """The preset's phases, with as many sweeps for all: BPTT knows no stragglers."""
 
 Gradient = Callable[..., Any]

@@ -767,9 +767,7 @@ def sweeps_needed(
     twin = rate_twin(spec)
     links = network.link(params, twin)
     keys = jax.random.split(jax.random.key(0), len(xs)) if spec.neuron.stochastic else None
-    phases = dataclasses.replace(
-        phases, tolerance=None, stragglers=0.0, free_more=0, nudged_more=0, limit=None
-    )
+    phases = dataclasses.replace(phases.without_stragglers(), tolerance=None)
     exact = dataclasses.replace(
         phases,
         free=10 * phases.free,

@@ -477,7 +477,7 @@ def sweeps_of(
         clock = Clock(
             step=t,
             steps=done + length,
-            before=phases.for_all().free if nudged else 0,
+            before=phases.sweeps(False) + phases.more(False) if nudged else 0,
             layer=l + 1,
             unit=coordinates.units[l],
             error=coordinates.error,

@@ -181,12 +181,17 @@ def _decay(decays: Sequence[float]) -> optax.GradientTransformation:
     """Adds its decay times the weights of each layer to the direction of a step; not of biases."""
 
     def update(updates: Any, params: Any) -> Any:
-        return tuple(
-            {**u, "w": u["w"] + decay * p["w"]}
-            for u, p, decay in zip(updates, params, decays, strict=True)
-        )
+        return _add_weights(updates, params, decays)
 
     return optax.stateless(update)
+
+
+def _add_weights(directions: Any, params: Any, factors: Sequence[Any]) -> Any:
+    """Directions with its factor times the weights of each layer added; biases as they are."""
+    return tuple(
+        {**direction, "w": direction["w"] + factor * p["w"]}
+        for direction, p, factor in zip(directions, params, factors, strict=True)
+    )
 
 
 def _muon(settings: Muon, depth: int) -> optax.GradientTransformation:
@@ -352,11 +357,9 @@ def shrink_links(spec: NetworkSpec, decay: float) -> optax.GradientTransformatio
         del others
         if params is None:
             raise ValueError("params is None; expected the parameters, which shrink_links scales")
-        directions = list(updates)
-        for l in range(1, spec.depth):
-            w = directions[l]["w"] + decay * unsettled * params[l]["w"]
-            directions[l] = {**directions[l], "w": w}
-        return tuple(directions), state
+        links = range(1, spec.depth)
+        factors = [decay * unsettled if l in links else 0.0 for l in range(len(params))]
+        return _add_weights(updates, params, factors), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

@@ -143,15 +143,16 @@ class Phases:
             self, free=factor * self.free, free_more=factor * self.free_more, tolerance=None
         )
 
+    def without_stragglers(self) -> Phases:
+        """The phases in which no example goes on."""
+        return replace(self, stragglers=0.0, free_more=0, nudged_more=0)
+
     def for_all(self) -> Phases:
         """The phases in which every example makes as many sweeps as a straggler of these."""
         return replace(
-            self,
+            self.without_stragglers(),
             free=self.free + self.free_more,
             nudged=self.nudged + self.nudged_more,
-            stragglers=0.0,
-            free_more=0,
-            nudged_more=0,
         )
 
     def straggling(self, batch: int) -> int:

@@ -206,9 +206,7 @@ _FASHION = Config(
 
 # Binary spikes, whose trace must forget, ask for more sweeps.
 _SIGMA_DELTA = SigmaDelta(lam_power=0.75, nudged_quantum=0.3)
-_PLAIN = replace(
-    _PHASES, beta=0.03, relaxation=1.0, stragglers=0.0, free_more=0, nudged_more=0, limit=None
-)
+_PLAIN = replace(_PHASES.without_stragglers(), beta=0.03, relaxation=1.0, limit=None)
 _SLOW_PHASES = replace(_PLAIN, free=40, nudged=20, sweep="alternating")
 
 # The feed-forward limit: feedback so weak that cutting it costs nothing, and EP becomes

@@ -30,12 +30,12 @@ from rich.console import Console
 import ep_jax as ep
 from ep_jax.checkpoint import to_json, write_json
 from ep_jax.data import load
-from ep_jax.diagnostics import rate_twin, spikes_per_neuron
+from ep_jax.diagnostics import spikes_per_neuron
 from ep_jax.presets import PRESETS
 from ep_jax.run import provenance
 
 PRESET = PRESETS["mnist"].phases
-ALONE = replace(PRESET, stragglers=0.0, free_more=0, nudged_more=0, limit=None)
+ALONE = replace(PRESET.without_stragglers(), limit=None)
 """The preset's phases without stragglers and without a limit."""
 RATE, CODE = ep.Rate(), ep.DeltaCode()
 CODES: dict[str, ep.Neuron] = {
@@ -199,7 +199,7 @@ def main() -> None:
         journal = Journal(arguments.runs / "frontier.jsonl")
         for age, folder in (("early", arguments.early), ("late", arguments.late)):
             params, spec, _ = ep.load_weights(folder)
-            exact = exact_gradients(params, rate_twin(spec), xs, ys)
+            exact = exact_gradients(params, spec, xs, ys)
             study(Subject(age, spec, params, exact, xs, ys), journal)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"frontier.py: error: {error}")
