@@ -150,7 +150,8 @@ def make_optimizer(
         warmup_steps=round(warmup * steps),
         decay_steps=steps,
     )
-    decay = _decay([weight_decay * factor for factor in layer_decays or (1.0,) * depth])
+    decays = [weight_decay * factor for factor in layer_decays or (1.0,) * depth]
+    decay = optax.stateless(lambda updates, params: _add_weights(updates, params, decays))
     bias_factor = 1.0
     match settings:
         case AdamW():
@@ -175,15 +176,6 @@ def make_optimizer(
         optax.scale_by_learning_rate(schedule),
         *(() if cap is None else (cap_links(spec, cap),)),
     )
-
-
-def _decay(decays: Sequence[float]) -> optax.GradientTransformation:
-    """Adds its decay times the weights of each layer to the direction of a step; not of biases."""
-
-    def update(updates: Any, params: Any) -> Any:
-        return _add_weights(updates, params, decays)
-
-    return optax.stateless(update)
 
 
 def _add_weights(directions: Any, params: Any, factors: Sequence[Any]) -> Any:
