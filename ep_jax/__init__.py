@@ -6,37 +6,51 @@ The names a user needs; `ep_jax.data`, `ep_jax.spikes`, `ep_jax.optimizers`, `ep
 
 from ep_jax import diagnostics
 from ep_jax.checkpoint import load_weights, save_weights
+from ep_jax.conv import Conv
+from ep_jax.derivatives import BPTT, EP, Implicit, equilibrium
 from ep_jax.dynamics import PhaseInfo, Snapshot, free_phase, nudged_phase
 from ep_jax.gradients.batch import GradientInfo
 from ep_jax.gradients.bptt import bptt_gradient
-from ep_jax.gradients.equilibrium import ep_gradient
+from ep_jax.gradients.ep import ep_gradient
 from ep_jax.gradients.implicit import implicit_gradient
-from ep_jax.layers import Conv, Dense
-from ep_jax.network import LayerParams, NetworkSpec, Params, State, energy, init_params, phi
+from ep_jax.layers import Dense, Layer, LayerParams
+from ep_jax.maps import Pool
+from ep_jax.network import NetworkSpec, Params, Skip, State, energy, init_params, phi
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
 from ep_jax.phases import Phases
+from ep_jax.pools import AvgPool, GlobalAvgPool, MaxPool
 
 __all__ = [
+    "BPTT",
+    "EP",
+    "AvgPool",
     "Bernoulli",
     "Conv",
     "DeltaCode",
     "Dense",
+    "GlobalAvgPool",
     "GradientInfo",
+    "Implicit",
     "IntegrateFire",
+    "Layer",
     "LayerParams",
+    "MaxPool",
     "NetworkSpec",
     "Neuron",
     "Params",
     "PhaseInfo",
     "Phases",
+    "Pool",
     "Rate",
     "SigmaDelta",
+    "Skip",
     "Snapshot",
     "State",
     "bptt_gradient",
     "diagnostics",
     "energy",
     "ep_gradient",
+    "equilibrium",
     "free_phase",
     "implicit_gradient",
     "init_params",

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ep_jax.layers import Conv, Dense
+from ep_jax.conv import Conv
+from ep_jax.layers import Dense
 from ep_jax.network import NetworkSpec, Params, check_params
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Rate, SigmaDelta
 from ep_jax.phases import Phases

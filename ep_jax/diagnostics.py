@@ -18,15 +18,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ep_jax import dynamics, layers, network
+from ep_jax import dynamics, network
 from ep_jax.checks import check_integer, check_number
-from ep_jax.costs import cost, read_out
-from ep_jax.dynamics import Absolute, Coordinates, Displacement, PhaseInfo, Snapshot, mean_info
-from ep_jax.gradients.batch import check, settle
+from ep_jax.dynamics import (
+    Absolute,
+    Coordinates,
+    Displacement,
+    Nudge,
+    PhaseInfo,
+    Snapshot,
+    mean_info,
+)
+from ep_jax.gradients.batch import check, check_batch, keys_of, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
-from ep_jax.phases import Phases, optimal_relaxation
+from ep_jax.phases import Phases, all_hear_all, optimal_relaxation
 
 
 def rate_twin(spec: NetworkSpec) -> NetworkSpec:
@@ -228,7 +235,7 @@ def gdu(
             f"phases has sweep={phases.sweep!r} and coordinates={phases.coordinates!r}; expected "
             "'synchronous' and 'absolute'"
         )
-    free = settle(params, spec, xs, phases, given.free_keys)
+    free = settle(params, spec, xs, phases, given.keys.free)
     start = jax.vmap(lambda s: network.unpack(spec, s))(free.state)
 
     def nudged(x: jax.Array, y: jax.Array, s: State, key: Any, beta: float) -> State:
@@ -240,7 +247,7 @@ def gdu(
 
     sides = [
         jax.vmap(lambda x, y, s, key, beta=beta: nudged(x, y, s, key, beta), out_axes=1)(
-            xs, given.ys, start, given.nudged_keys
+            xs, given.ys, start, given.keys.nudged
         )
         for beta in (phases.beta, -phases.beta)
     ]
@@ -271,13 +278,13 @@ def _bptt_by_sweep(
     def mean_cost(per_sweep: Params, bumps: State) -> jax.Array:
         def one(x: jax.Array, y: jax.Array, s: State, bumps: State) -> jax.Array:
             def sweep(s: State, now: tuple[Params, State]) -> tuple[State, None]:
-                links = network.link(now[0], twin)
-                bumped = links._replace(biases=jax.tree.map(jnp.add, links.biases, now[1]))
-                drive = network.input_drive(twin, bumped, x)
-                return rate_sweep(twin, bumped, drive, s), None
+                prepared = network.prepare(now[0], twin)
+                bumped = prepared._replace(biases=jax.tree.map(jnp.add, prepared.biases, now[1]))
+                drives = network.input_drive(twin, bumped, x)
+                return rate_sweep(twin, bumped, drives, s), None
 
             last = jax.lax.scan(sweep, s, (per_sweep, bumps))[0][-1]
-            return cost(twin, network.link(params, twin), last, y)
+            return network.cost_of(twin, network.prepare(params, twin), last, y)
 
         return jnp.mean(jax.vmap(one, in_axes=(0, 0, 0, 1))(xs, ys, state, bumps))
 
@@ -358,8 +365,8 @@ def distance_to_rate(
         key: random key, for stochastic neurons.
         reference: the free phase in which the rate twin settles.
     """
-    labels = jnp.zeros(len(xs), jnp.int32)  # no cost is asked for
-    keys = check(params, spec, xs, labels, phases, key).free_keys
+    xs = check_batch(params, spec, xs, phases, key)
+    keys = keys_of(spec, key, len(xs)).free
     free = settle(params, spec, xs, phases, keys)
     fixed = settle(params, rate_twin(spec), xs, reference, None)
 
@@ -397,7 +404,7 @@ def connections(spec: NetworkSpec) -> tuple[int, ...]:
         (32, 8)
     """
     within = zip(spec.layers[: spec.depth], spec.shapes, strict=False)
-    return tuple(layers.connections(layer, below) for layer, below in within)
+    return tuple(layer.connections(below) for layer, below in within)
 
 
 def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:
@@ -414,9 +421,12 @@ def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) 
         >>> synaptic_operations(spec, (1.5, 2.0))  # 8 connections, used in both directions
         28.0
     """
-    count = connections(spec)
-    up, down = (*count[1:], 0), (0, *count[1:])
-    return float(sum(float(s) * (a + b) for s, a, b in zip(spikes, up, down, strict=True)))
+    reached = [0] * spec.depth
+    for edge in spec.links:
+        count = edge.layer.connections(spec.shapes[edge.source + 1])
+        reached[edge.source] += count
+        reached[edge.target] += count
+    return float(sum(float(s) * n for s, n in zip(spikes, reached, strict=True)))
 
 
 def spectral_radius(
@@ -445,15 +455,15 @@ def spectral_radius(
     """
     network.check_example(spec, params, x, state)
     check_integer("iterations", iterations, at_least=1)
-    links = network.link(params, spec)
-    drive = network.input_drive(spec, links, x)
+    prepared = network.prepare(params, spec)
+    drives = network.input_drive(spec, prepared, x)
     packed = network.pack(spec, state)
-    currents = Absolute(spec, links, drive, packed).swept(packed).currents
+    currents = Absolute(spec, prepared, drives, packed).swept(packed).currents
     slopes = tuple(
-        jax.jvp(dynamics.activation_of(spec, l).apply, (i,), (jnp.ones_like(i),))[1]
+        jax.jvp(spec.activation(l).apply, (i,), (jnp.ones_like(i),))[1]
         for l, i in enumerate(currents)
     )
-    push = jax.linearize(lambda s: rate_sweep(spec, links, drive, s), packed)[1]
+    push = jax.linearize(lambda s: rate_sweep(spec, prepared, drives, s), packed)[1]
 
     def norm(v: State) -> jax.Array:
         squares = (
@@ -619,20 +629,22 @@ def feedback_answers(
         raise ValueError("xs holds one example; expected two or more: another one's feedback is "
                          "asked for")  # fmt: skip
     twin = rate_twin(spec)
-    links = network.link(params, twin)
+    prepared = network.prepare(params, twin)
 
-    def pass_from_below(drive: jax.Array, heard: State) -> State:
+    def pass_from_below(drives: tuple[jax.Array | None, ...], heard: State) -> State:
         state: list[jax.Array] = []
-        for l in range(spec.depth):
-            below = drive if l == 0 else network.drive(twin, links, l, state[-1])
-            total = below + links.biases[l] + heard[l]
-            state.append(dynamics.activation_of(twin, l).apply(total))
+        own = network.external(prepared, drives)
+        for turn in all_hear_all(twin):
+            total = own[turn.layer] + heard[turn.layer]
+            for edge in turn.below:
+                total = total + network.drive(twin, prepared, edge, state[edge.source])
+            state.append(twin.activation(turn.layer).apply(total))
         return tuple(state)
 
-    def rest(x: jax.Array) -> tuple[jax.Array, State, State]:
-        drive = network.input_drive(twin, links, x)
-        state = dynamics.settle(twin, phases, Absolute(twin, links, drive), None).state
-        return drive, state, network.currents(twin, links, state, 0.0, twin.feedback)
+    def rest(x: jax.Array) -> tuple[tuple[jax.Array | None, ...], State, State]:
+        drives = network.input_drive(twin, prepared, x)
+        state = dynamics.settle(twin, phases, Absolute(twin, prepared, drives), None).state
+        return drives, state, network.feedback(twin, prepared, state)
 
     drives, states, heard = jax.lax.map(rest, xs, batch_size=min(len(xs), 64))
     nothing = jax.tree.map(jnp.zeros_like, heard)
@@ -645,7 +657,7 @@ def feedback_answers(
         )
 
     def answers(state: State) -> jax.Array:
-        return jax.vmap(lambda s: read_out(links, s))(state[-1]).argmax(-1)
+        return jax.vmap(lambda s: network.read_out(twin, prepared, s))(state[-1]).argmax(-1)
 
     forward = under(nothing)
     share = [
@@ -765,7 +777,7 @@ def sweeps_needed(
         ((4,), True)
     """
     twin = rate_twin(spec)
-    links = network.link(params, twin)
+    prepared = network.prepare(params, twin)
     keys = jax.random.split(jax.random.key(0), len(xs)) if spec.neuron.stochastic else None
     phases = dataclasses.replace(phases.without_stragglers(), tolerance=None)
     exact = dataclasses.replace(
@@ -788,12 +800,13 @@ def sweeps_needed(
         return last + 2, goal
 
     def one(x: jax.Array, key: jax.Array | None) -> SweepsNeeded:
-        coordinates = Absolute(spec, links, network.input_drive(spec, links, x))
+        coordinates = Absolute(spec, prepared, network.input_drive(spec, prepared, x))
         free, rest = needed(coordinates, key)
-        base = dynamics.base_of(spec, links, coordinates.swept(rest))
-        answer = read_out(links, rest[-1])
+        base = dynamics.base_of(spec, prepared, coordinates.swept(rest))
+        answer = network.read_out(spec, prepared, rest[-1])
         target = jnp.roll(jax.nn.one_hot(answer.argmax(), spec.classes, dtype=x.dtype), 1)
-        nudged, _ = needed(Displacement(spec, links, base, target, phases.beta), key)
+        nudge = Nudge(phases.beta, lambda s: network.cost_gradient(spec, prepared, s, target))
+        nudged, _ = needed(Displacement(spec, prepared, base, nudge), key)
         return SweepsNeeded(free, nudged, network.unpack(spec, rest))
 
     return jax.lax.map(lambda args: one(*args), (xs, keys), batch_size=min(len(xs), 64))

@@ -6,12 +6,13 @@ relaxes, in units in which it is of order one in every layer::
 
     s_l = s0_l + beta_l D_l,   beta_l = beta alpha^(L - l)
     J_l = alpha A'_l(D_{l-1}) + A_{l+1}^T(D_{l+1}),   J_L = alpha A'_L(D_{L-1}) - dC/ds_L
+    (and alpha^(m - l) A'_e(D_l), A_e^T(D_m) of a skip from l to m)
     D_l = [sigma(I0_l + beta_l J_l) - sigma(I0_l)] / beta_l
 
 with ``I0`` the currents of the free state, ``s0 = sigma(I0)`` and ``A'`` the drive without bias.
-All maps between layers are affine, so this is exact at any beta; no small difference of large
-numbers is formed, so it is exact in any precision. (A max pool is affine but for its winners; its
-exact differences are in `ep_jax.network`.)
+Where the maps between layers are affine this is exact at any beta; no small difference of large
+numbers is formed, so it is exact in any precision. (So is a max pool's, `ep_jax.pools`; a map that
+is not linear and knows no better loses digits.)
 
 Whether a phase has settled, only the map tells whose fixed point it seeks: a code that has stopped
 to send looks at rest wherever it is. So at the end of each phase one sweep ``F`` of rate neurons is
@@ -29,10 +30,17 @@ import jax.numpy as jnp
 
 from ep_jax import network
 from ep_jax.checks import check_float_array
-from ep_jax.costs import cost_gradient, targets
-from ep_jax.network import Links, NetworkSpec, Params, State
-from ep_jax.neurons import ACTIVATIONS, Activation, Clock, relax, relax_displacement
-from ep_jax.phases import Phases, Update, check_beta, check_nudge, check_phases, plan
+from ep_jax.network import NetworkSpec, Params, Prepared, State
+from ep_jax.neurons import Clock, relax, relax_displacement
+from ep_jax.phases import (
+    Phases,
+    Update,
+    all_hear_all,
+    check_beta,
+    check_nudge,
+    check_phases,
+    plan,
+)
 
 MOVING = 1e-3
 """A unit counts as moving when a sweep changes it by more than this."""
@@ -99,12 +107,6 @@ class PhaseInfo(NamedTuple):
     trace: Any = None
 
 
-def activation_of(spec: NetworkSpec, l: int) -> Activation:
-    """The activation of layer ``l`` (0-based): an output layer is linear."""
-    is_output = l == spec.depth - 1 and spec.cost == "squared_error"
-    return ACTIVATIONS["linear" if is_output else spec.neuron.activation]
-
-
 # What relaxes.
 
 
@@ -120,8 +122,29 @@ class Swept(NamedTuple):
     currents: State
 
 
+class Nudge(NamedTuple):
+    """What pulls at the last layer: ``-beta`` times a gradient.
+
+    Attributes:
+        beta: nudging strength.
+        gradient: ``dC/ds_L`` as a function of the last layer's state.
+    """
+
+    beta: jax.Array | float
+    gradient: Callable[[jax.Array], jax.Array]
+
+    def size(self, last: jax.Array) -> jax.Array:
+        """``max |dC/ds_L|`` at a free state: the size of a displacement, in its own units.
+
+        Spiking neurons scale the quantum of a nudged phase by it, so that what is learned from an
+        example is coded as finely where its error is small as where it is large.
+        """
+        size = jnp.max(jnp.abs(self.gradient(last)))
+        return jnp.maximum(size, jnp.finfo(size.dtype).eps)  # what is below rounding is no error
+
+
 class Coordinates(Protocol):
-    """What relaxes in a phase, of one example, in working form: the state, or a displacement.
+    """What relaxes in a phase, of one example, packed: the state, or a displacement.
 
     Attributes:
         nudged: whether it is a nudged phase.
@@ -163,14 +186,14 @@ class Coordinates(Protocol):
 
 
 class Absolute:
-    """The state itself: of the free phase, or (with a `target`) of a nudged one.
+    """The state itself: of the free phase, or (with a `nudge`) of a nudged one.
 
     Args:
         spec: the network.
-        links: its parameters in working form.
-        drive: the input's drive.
+        prepared: its parameters.
+        drives: what the input says to each layer.
         start: the state to start from; zero by default.
-        nudge: one-hot target and nudging strength of a nudged phase.
+        nudge: that of a nudged phase.
     """
 
     displaced = False
@@ -181,56 +204,57 @@ class Absolute:
     def __init__(
         self,
         spec: NetworkSpec,
-        links: Links,
-        drive: jax.Array,
+        prepared: Prepared,
+        drives: tuple[jax.Array | None, ...],
         start: State | None = None,
-        nudge: tuple[jax.Array, jax.Array | float] | None = None,
+        nudge: Nudge | None = None,
     ) -> None:
-        self._spec, self._links, self._nudge = spec, links, nudge
-        self._external = (links.biases[0] + drive, *links.biases[1:])
+        self._spec, self._prepared, self._nudge = spec, prepared, nudge
+        self._external = network.external(prepared, drives)
         self.nudged, self.from_zero = nudge is not None, start is None
         self.units = self.scales = (1.0,) * spec.depth
         self.error = 1.0
         if start is None:
-            shapes = spec.state_shapes
-            start = network.pack(spec, tuple(jnp.zeros(s, drive.dtype) for s in shapes))
+            start = tuple(map(jnp.zeros_like, self._external))
             self.start_currents = start
         else:
-            self.start_currents = network.currents(spec, links, start, 1.0, spec.feedback)
+            self.start_currents = network.currents(spec, prepared, start)
         self.start = start
         if nudge is not None:
-            target, beta = nudge
-            self.units = tuple(abs(beta) * spec.weight_of(l) for l in range(spec.depth))
-            self.error = output_error(links, start[-1], target)
+            self.units = tuple(abs(nudge.beta) * spec.weight_of(l) for l in range(spec.depth))
+            self.error = nudge.size(start[-1])
 
     def current(self, turn: Update, signals: State) -> jax.Array:
         """See `Coordinates`."""
-        gains = (float(turn.below), self._spec.feedback * turn.above)
-        return network.current(self._spec, self._links, turn.layer, signals, *gains)
+        spec, prepared, l = self._spec, self._prepared, turn.layer
+        total = jnp.zeros_like(signals[l])
+        for edge in turn.below:
+            total = total + network.drive(spec, prepared, edge, signals[edge.source])
+        for edge in turn.above:
+            above = network.pull(spec, prepared, edge, signals[l], signals[edge.target])
+            total = total + spec.attenuation(edge) * above
+        return total
 
     def _total(self, l: int, s: jax.Array, current: jax.Array) -> jax.Array:
         total = current + self._external[l]
         if self._nudge is not None and l == self._spec.depth - 1:
-            target, beta = self._nudge
-            total = total - beta * cost_gradient(self._links, s, target)
+            total = total - self._nudge.beta * self._nudge.gradient(s)
         return total
 
     def relax(
         self, l: int, s: jax.Array, current: jax.Array, epsilon: jax.Array | float
     ) -> jax.Array:
         """See `Coordinates`."""
-        return relax(activation_of(self._spec, l), s, self._total(l, s, current), epsilon)
+        return relax(self._spec.activation(l), s, self._total(l, s, current), epsilon)
 
     def swept(self, state: State) -> Swept:
         """See `Coordinates`."""
         spec = self._spec
-        heard = network.currents(spec, self._links, state, 1.0, spec.feedback)
+        heard = network.currents(spec, self._prepared, state)
         currents = tuple(
             self._total(l, s, i) for l, (s, i) in enumerate(zip(state, heard, strict=True))
         )
-        return Swept(
-            tuple(activation_of(spec, l).apply(i) for l, i in enumerate(currents)), currents
-        )
+        return Swept(tuple(spec.activation(l).apply(i) for l, i in enumerate(currents)), currents)
 
     def moved(self, state: State) -> State:
         """See `Coordinates`."""
@@ -244,18 +268,21 @@ class Base(NamedTuple):
         state: ``s0 = sigma(I0)``: one synchronous sweep of rate neurons, the map whose fixed point
             the network relaxes to.
         currents: ``I0``, with input and bias.
-        behind: see `ep_jax.network.behind`, of each layer; ``None`` without max pool.
+        contexts: see `ep_jax.network.context`, of each edge; ``None`` where it is linear.
     """
 
     state: State
     currents: State
-    behind: tuple[jax.Array | None, ...]
+    contexts: tuple[Any, ...]
 
 
-def base_of(spec: NetworkSpec, links: Links, swept: Swept) -> Base:
+def base_of(spec: NetworkSpec, prepared: Prepared, swept: Swept) -> Base:
     """The base of a displacement from a free state, given the sweep from that state."""
-    contests = (network.behind(spec, links, l, swept.state[l - 1]) for l in range(1, spec.depth))
-    return Base(swept.state, swept.currents, (None, *contests))
+    contexts = tuple(
+        None if edge.source < 0 else network.context(spec, prepared, edge, swept.state[edge.source])
+        for edge in spec.edges
+    )
+    return Base(swept.state, swept.currents, contexts)
 
 
 class Displacement:
@@ -263,10 +290,9 @@ class Displacement:
 
     Args:
         spec: the network.
-        links: its parameters in working form.
+        prepared: its parameters.
         base: what is displaced.
-        target: the one-hot target.
-        beta: nudging strength.
+        nudge: what displaces it.
     """
 
     nudged, displaced, from_zero = True, True, True
@@ -274,46 +300,38 @@ class Displacement:
     scales: tuple[jax.Array | float, ...]
     error: jax.Array | float
 
-    def __init__(
-        self,
-        spec: NetworkSpec,
-        links: Links,
-        base: Base,
-        target: jax.Array,
-        beta: jax.Array | float,
-    ) -> None:
-        self._spec, self._links, self._base = spec, links, base
-        self._target, self._beta = target, beta
-        self.scales = displacement_units(spec, beta, base.state[-1].dtype)
+    def __init__(self, spec: NetworkSpec, prepared: Prepared, base: Base, nudge: Nudge) -> None:
+        self._spec, self._prepared, self._base, self._nudge = spec, prepared, base, nudge
+        self.scales = displacement_units(spec, nudge.beta, base.state[-1].dtype)
         self.start = self.start_currents = tuple(map(jnp.zeros_like, base.state))
         self.units = (1.0,) * spec.depth
-        self.error = output_error(links, base.state[-1], target)
+        self.error = nudge.size(base.state[-1])
 
     def current(self, turn: Update, signals: State) -> jax.Array:
         """See `Coordinates`."""
-        spec, links, base, l = self._spec, self._links, self._base, turn.layer
+        spec, prepared, base, l = self._spec, self._prepared, self._base, turn.layer
         total = jnp.zeros_like(signals[l])
-        if turn.below:
-            moved = network.drive_difference(
-                spec, links, l, signals[l - 1], base.behind[l], self.scales[l - 1]
-            )
-            total = total + spec.feedback * moved
-        if turn.above:
-            total = total + network.feedback_difference(
+        for edge in turn.below:
+            context, unit = base.contexts[edge.number], self.scales[edge.source]
+            d = signals[edge.source]
+            moved = network.drive_difference(spec, prepared, edge, d, context, unit)
+            total = total + spec.attenuation(edge) * moved
+        for edge in turn.above:
+            total = total + network.pull_difference(
                 spec,
-                links,
-                l,
+                prepared,
+                edge,
                 signals[l],
-                (signals[l + 1], base.state[l + 1]),
-                base.behind[l + 1],
-                (self.scales[l], self.scales[l + 1]),
+                (signals[edge.target], base.state[edge.target]),
+                base.contexts[edge.number],
+                (self.scales[l], self.scales[edge.target]),
             )
         return total
 
     def _total(self, l: int, d: jax.Array, current: jax.Array) -> jax.Array:
         if l == self._spec.depth - 1:
-            output = self._base.state[l] + self._beta * d
-            current = current - cost_gradient(self._links, output, self._target)
+            output = self._base.state[l] + self._nudge.beta * d
+            current = current - self._nudge.gradient(output)
         return current
 
     def relax(
@@ -328,16 +346,15 @@ class Displacement:
         # Tied to what changes, so that XLA makes what sigma needs of the base anew in each sweep:
         # that is cheaper than keeping it.
         total, base_current = jax.lax.optimization_barrier((total, self._base.currents[l]))
-        activation = activation_of(self._spec, l)
+        activation = self._spec.activation(l)
         return relax_displacement(activation, base_current, d, total, self.scales[l], epsilon)
 
     def swept(self, state: State) -> Swept:
         """See `Coordinates`."""
         depth = self._spec.depth
-        turns = (Update(l, l > 0, l + 1 < depth) for l in range(depth))
         currents = tuple(
             self._total(turn.layer, d, self.current(turn, state))
-            for turn, d in zip(turns, state, strict=True)
+            for turn, d in zip(all_hear_all(self._spec), state, strict=True)
         )
         new = tuple(self._step(l, state[l], currents[l], 1.0) for l in range(depth))
         return Swept(new, currents)
@@ -348,7 +365,7 @@ class Displacement:
 
 
 def displacement_units(
-    spec: NetworkSpec, beta: jax.Array | float, dtype: jnp.dtype
+    spec: NetworkSpec, beta: jax.Array | float, dtype: Any
 ) -> tuple[jax.Array | float, ...]:
     """``beta_l = beta alpha^(L - l)`` of each layer, with a power of at least a unit of rounding.
 
@@ -357,16 +374,6 @@ def displacement_units(
     """
     rounding = float(jnp.finfo(dtype).eps)
     return tuple(beta * max(spec.weight_of(l), rounding) for l in range(spec.depth))
-
-
-def output_error(links: Links, last: jax.Array, y: jax.Array) -> jax.Array:
-    """``max |dC/ds_L|`` at the free state: the size of a displacement, in its own units.
-
-    Spiking neurons scale the quantum of a nudged phase by it, so that what is learned from an
-    example is coded as finely where its error is small as where it is large.
-    """
-    size = jnp.max(jnp.abs(cost_gradient(links, last, y)))
-    return jnp.maximum(size, jnp.finfo(size.dtype).eps)  # what is below rounding is no error
 
 
 # How it relaxes.
@@ -456,6 +463,10 @@ def sweeps_of(
     last, known = done + length - 1, phases.tolerance is None
     *opening, full = plan(spec, phases, nudged, coordinates.from_zero)
     in_place = phases.sweep != "synchronous"
+    neighbours = [set[int]() for _ in range(depth)]
+    for edge in spec.links:
+        neighbours[edge.source].add(edge.target)
+        neighbours[edge.target].add(edge.source)
     sizes = [s.size for s in coordinates.start]
     zero = jnp.zeros((), coordinates.start[-1].real.dtype)
     rounded = nudged and phases.nudged_signals == "bfloat16"
@@ -497,7 +508,7 @@ def sweeps_of(
         updated: set[int] = set()
         for turn in updates:
             l = turn.layer
-            fresh = in_place and bool(updated & {l - 1, l + 1})
+            fresh = in_place and bool(updated & neighbours[l])
             heard = tuple(latest if in_place else before)
             new[l], sent = update(turn, carry.states[l], heard, carry.t, fresh)
             latest[l] = signal(new[l])
@@ -749,10 +760,10 @@ def free_phase(
     """
     network.check_example(spec, params, x, start)
     check_phases(spec, phases, key)
-    links = network.link(params, spec)
-    drive = network.input_drive(spec, links, x)
+    prepared = network.prepare(params, spec)
+    drives = network.input_drive(spec, prepared, x)
     packed = None if start is None else network.pack(spec, tuple(start))
-    found = settle(spec, phases, Absolute(spec, links, drive, packed), key, trace)
+    found = settle(spec, phases, Absolute(spec, prepared, drives, packed), key, trace)
     return network.unpack(spec, found.state), found.info
 
 
@@ -776,7 +787,7 @@ def nudged_phase(
         params: parameters of `spec`.
         spec: the network.
         x: one input, floating point, of shape ``spec.input_shape``.
-        y: its target: an integer label, or one-hot ``[classes]``.
+        y: its target: an integer label, or an array of the answer's shape.
         state: the free state, from `free_phase`.
         beta: nudging strength, not 0; it may be traced.
         phases: ``phases.nudged`` sweeps of the kind ``phases.sweep`` in ``phases.coordinates``. One
@@ -801,19 +812,19 @@ def nudged_phase(
     network.check_example(spec, params, x, state)
     check_phases(spec, phases, key)
     check_beta("beta", beta)
-    x = network.as_precise_as(params[0]["w"], x)
+    x = network.as_precise_as(jax.tree.leaves(params)[0], x)
     check_nudge(spec, phases, beta, x.dtype)
-    target = targets(spec, y, x.dtype)
-    links = network.link(params, spec)
-    drive = network.input_drive(spec, links, x)
+    target = network.targets(spec, y, x.dtype)
+    prepared = network.prepare(params, spec)
+    drives = network.input_drive(spec, prepared, x)
     packed = network.pack(spec, tuple(state))
+    nudge = Nudge(beta, lambda s: network.cost_gradient(spec, prepared, s, target))
     if phases.coordinates == "absolute":
-        coordinates = Absolute(spec, links, drive, packed, (target, beta))
+        coordinates = Absolute(spec, prepared, drives, packed, nudge)
         found = settle(spec, phases, coordinates, key, trace)
         return network.unpack(spec, found.state), found.info
-    base = base_of(spec, links, Absolute(spec, links, drive, packed).swept(packed))
-    coordinates = Displacement(spec, links, base, target, beta)
-    found = settle(spec, phases, coordinates, key, trace)
+    base = base_of(spec, prepared, Absolute(spec, prepared, drives, packed).swept(packed))
+    found = settle(spec, phases, Displacement(spec, prepared, base, nudge), key, trace)
     return network.unpack(spec, displaced_state(spec, base, found.state, beta)), found.info
 
 

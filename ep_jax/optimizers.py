@@ -11,6 +11,7 @@ prove, and `cap_links` holds them where it proves a contraction.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -19,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ep_jax import layers as ops
 from ep_jax import network
 from ep_jax.checks import check_float_array, check_integer, check_non_negative, check_number
-from ep_jax.layers import Layer, Shape
+from ep_jax.layers import Layer
 from ep_jax.network import NetworkSpec, Params
 
 
@@ -150,7 +150,10 @@ def make_optimizer(
         warmup_steps=round(warmup * steps),
         decay_steps=steps,
     )
-    decay = _decay([weight_decay * factor for factor in layer_decays or (1.0,) * depth])
+    owners = _owners(spec)
+    matrices = _matrices(spec)
+    decays = layer_decays or (1.0,) * depth
+    decay = _decay(spec, [weight_decay * decays[owner] for owner in owners])
     bias_factor = 1.0
     match settings:
         case AdamW():
@@ -158,12 +161,16 @@ def make_optimizer(
         case SGD():
             direction = (decay, optax.trace(settings.momentum, settings.nesterov))
         case Muon():
-            direction = (_muon(settings, depth), decay)
+            direction = (_muon(settings, spec), decay)
             bias_factor = settings.bias_rate / learning_rate
         case _:
             raise TypeError(f"settings is {settings!r}; expected AdamW, Muon or SGD of "
                             "ep_jax.optimizers")  # fmt: skip
-    factors = tuple({"w": r, "b": r * bias_factor} for r in layer_rates or (1.0,) * depth)
+    rates = layer_rates or (1.0,) * depth
+    factors = tuple(
+        {name: rates[owner] * (1.0 if name in own else bias_factor) for name in like}
+        for like, own, owner in zip(network.parameters_of(spec), matrices, owners, strict=True)
+    )
 
     def scale_layers(updates: Any, _: Any) -> Any:
         return jax.tree.map(lambda factor, update: factor * update, factors, updates)
@@ -177,37 +184,60 @@ def make_optimizer(
     )
 
 
-def _decay(decays: Sequence[float]) -> optax.GradientTransformation:
+def _owners(spec: NetworkSpec) -> tuple[int, ...]:
+    """The layer (0-based) whose rates and decay the parameters have; of a skip, its target."""
+    return (*range(len(spec.layers)), *(skip.target - 1 for skip in spec.skips))
+
+
+def _matrices(spec: NetworkSpec) -> tuple[dict[str, int], ...]:
+    """See `ep_jax.layers.Layer.matrices`, of each dictionary of parameters."""
+    layers = (*spec.layers, *(skip.layer for skip in spec.skips))
+    parameters = network.parameters_of(spec)
+    return tuple(layer.matrices(like) for layer, like in zip(layers, parameters, strict=True))
+
+
+def _decay(spec: NetworkSpec, decays: Sequence[float]) -> optax.GradientTransformation:
     """Adds its decay times the weights of each layer to the direction of a step; not of biases."""
 
     def update(updates: Any, params: Any) -> Any:
-        return _add_weights(updates, params, decays)
+        return _add_weights(spec, updates, params, decays)
 
     return optax.stateless(update)
 
 
-def _add_weights(directions: Any, params: Any, factors: Sequence[Any]) -> Any:
+def _add_weights(spec: NetworkSpec, directions: Any, params: Any, factors: Sequence[Any]) -> Any:
     """Directions with its factor times the weights of each layer added; biases as they are."""
     return tuple(
-        {**direction, "w": direction["w"] + factor * p["w"]}
-        for direction, p, factor in zip(directions, params, factors, strict=True)
+        direction | {name: direction[name] + factor * p[name] for name in own}
+        for direction, p, factor, own in zip(
+            directions, params, factors, _matrices(spec), strict=True
+        )
     )
 
 
-def _muon(settings: Muon, depth: int) -> optax.GradientTransformation:
+def _muon(settings: Muon, spec: NetworkSpec) -> optax.GradientTransformation:
     """The directions of Muon: orthogonal matrices for the weights, Adam's for the biases."""
+    matrices, parameters = _matrices(spec), network.parameters_of(spec)
 
-    def straighten(w: jax.Array) -> jax.Array:
-        return orthogonalize(w.reshape(-1, w.shape[-1]), settings.ns_steps).reshape(w.shape)
+    def straighten(w: jax.Array, counted: int) -> jax.Array:
+        straight = functools.partial(orthogonalize, steps=settings.ns_steps)
+        stack = w.reshape(-1, math.prod(w.shape[counted:-1]), w.shape[-1])
+        return (jax.vmap(straight)(stack) if counted else straight(stack[0])[None]).reshape(w.shape)
+
+    def straighten_all(updates: Any, _: Any) -> Any:
+        return tuple(
+            {n: straighten(u, own[n]) if n in own else u for n, u in update.items()}
+            for update, own in zip(updates, matrices, strict=True)
+        )
 
     weights = optax.chain(
-        optax.trace(settings.momentum, settings.nesterov),
-        optax.stateless(lambda updates, _: jax.tree.map(straighten, updates)),
+        optax.trace(settings.momentum, settings.nesterov), optax.stateless(straighten_all)
     )
-    return optax.partition(
-        {"weights": weights, "biases": optax.scale_by_adam()},
-        ({"w": "weights", "b": "biases"},) * depth,
+    labels = tuple(
+        {name: "weights" if name in own else "biases" for name in like}
+        for like, own in zip(parameters, matrices, strict=True)
     )
+    return optax.partition({"weights": weights, "biases": optax.scale_by_adam()}, labels)
 
 
 def orthogonalize(matrix: jax.Array, steps: int = 5) -> jax.Array:
@@ -313,18 +343,19 @@ def cap_links(spec: NetworkSpec, cap: float, iterations: int = 4) -> optax.Gradi
         vectors, norms = _measure(moved, spec, state.vectors, iterations)
         above = norms > cap
         factors = jnp.where(above, cap / norms, 1.0)
-        held = _scale_links(updates, params, factors)
+        held = _scale_links(spec, updates, params, factors)
         return held, CapState(vectors, factors * norms, above.sum(dtype=jnp.int32))
 
     return optax.GradientTransformation(init, update)
 
 
-def _scale_links(updates: Any, params: Any, factors: Any) -> Any:
+def _scale_links(spec: NetworkSpec, updates: Any, params: Any, factors: Any) -> Any:
     """Updates that take the weights of each link to its factor times where they would go."""
-    scaled = list(updates)
-    for l, factor in enumerate(factors, 1):
-        change = factor * updates[l]["w"] + (factor - 1) * params[l]["w"]
-        scaled[l] = {**updates[l], "w": change}
+    scaled, matrices = list(updates), _matrices(spec)
+    for edge, factor in zip(spec.links, factors, strict=True):
+        u, p = updates[edge.index], params[edge.index]
+        moved = {n: factor * u[n] + (factor - 1) * p[n] for n in matrices[edge.index]}
+        scaled[edge.index] = u | moved
     return tuple(scaled)
 
 
@@ -357,9 +388,9 @@ def shrink_links(spec: NetworkSpec, decay: float) -> optax.GradientTransformatio
         del others
         if params is None:
             raise ValueError("params is None; expected the parameters, which shrink_links scales")
-        links = range(1, spec.depth)
-        factors = [decay * unsettled if l in links else 0.0 for l in range(len(params))]
-        return _add_weights(updates, params, factors), state
+        links = {edge.index for edge in spec.links}
+        factors = [decay * unsettled if i in links else 0.0 for i in range(len(params))]
+        return _add_weights(spec, updates, params, factors), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -441,44 +472,43 @@ def norms_of(opt_state: optax.OptState) -> CapState | None:
 
 def _start(params: Params, spec: NetworkSpec) -> tuple[jax.Array, ...]:
     """Random vectors for `_measure`."""
-    states = tuple(
-        jax.random.normal(jax.random.fold_in(jax.random.key(0), l), shape, params[0]["w"].dtype)
-        for l, shape in enumerate(spec.state_shapes)
+    dtype = network.precision_of(params)
+    return tuple(
+        edge.layer.pack(
+            (shape := spec.state_shapes[edge.source]),
+            jax.random.normal(jax.random.fold_in(jax.random.key(0), edge.number - 1), shape, dtype),
+        )
+        for edge in spec.links
     )
-    return network.pack(spec, states)[:-1]
 
 
 def _measure(
     params: Params, spec: NetworkSpec, vectors: tuple[jax.Array, ...], iterations: int
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Vectors and norms of the links, ``[L - 1]``, after a power iteration from `vectors`."""
-    measured = []
-    for l, vector in enumerate(vectors, 1):
-        layer, below = spec.layers[l], spec.shapes[l]
-        step = functools.partial(_stretch, layer, below, ops.kernel(layer, below, params[l]["w"]))
+    """Vectors and norms of the links after a power iteration from `vectors`."""
+    measured, factors = [], []
+    for edge, vector in zip(spec.links, vectors, strict=True):
+        layer, factor = edge.layer.bound()
+        prepared = layer.prepare(params[edge.index], spec.state_shapes[edge.source])
+        step = functools.partial(_stretch, layer, prepared)
         start = (vector, jnp.zeros((), vector.dtype))
         measured.append(
             jax.lax.fori_loop(0, iterations, lambda _, found, step=step: step(found[0]), start)
         )
-    norms = jnp.array([norm for _, norm in measured], params[0]["w"].dtype)
-    return tuple(vector for vector, _ in measured), norms
+        factors.append(factor)
+    norms = [factor * norm for factor, (_, norm) in zip(factors, measured, strict=True)]
+    return tuple(vector for vector, _ in measured), jnp.array(norms, network.precision_of(params))
 
 
-def _stretch(
-    layer: Layer, below: Shape, matrix: jax.Array, v: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _stretch(layer: Layer, prepared: Any, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One step of the power iteration with ``A^T A``: the next unit vector and the norm so far.
 
     Of the estimates that ``A v`` and ``A^T A v`` allow, ``|A^T A v| / |A v|`` is the largest, and
     the norm is no smaller.
     """
     with jax.default_matmul_precision("highest"):
-        there = ops.convolve(layer, below, matrix, v)
-        back = there
-        if network.is_linear(layer):
-            there = ops.pool(layer, there)
-            back = ops.unpool(layer, there, None)
-        back = ops.adjoint(layer, below, matrix, back)
+        there = layer.drive(prepared, v)
+        back = layer.pull(prepared, v, there)
     out, size = jnp.linalg.norm(there), jnp.linalg.norm(back)
     moves = (out > 0) & (size > 0)  # else weights are 0, or all that is left has underflowed
     return (

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
+from ep_jax.conv import Conv
 from ep_jax.data import DATASETS
 from ep_jax.gradients import GRADIENTS
-from ep_jax.layers import Conv, Dense, Layer
+from ep_jax.layers import Dense, Layer
 from ep_jax.network import NetworkSpec
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
 from ep_jax.optimizers import SGD, AdamW, Muon, check_layer_factors

@@ -18,10 +18,9 @@ import optax
 
 from ep_jax import network
 from ep_jax.checks import check_integer, check_non_negative
-from ep_jax.costs import read_out
 from ep_jax.data import to_float
 from ep_jax.dynamics import Absolute, PhaseInfo, mean_info, settle_batch
-from ep_jax.gradients.equilibrium import ep_gradient
+from ep_jax.gradients.ep import ep_gradient
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.optimizers import norms_of
 from ep_jax.phases import Phases, check_phases
@@ -275,20 +274,21 @@ def _answers(
     params: Params, batches: jax.Array, keys: jax.Array, *, spec: NetworkSpec, phases: Phases
 ) -> tuple[jax.Array, PhaseInfo]:
     """Answers ``[batches, B, classes]`` to images ``[batches, B, ...]``; each example's info."""
-    links = network.link(params, spec)
+    prepared = network.prepare(params, spec)
 
     def settled(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, PhaseInfo]:
         images, keys = batch
-        drives = jax.vmap(lambda image: network.input_drive(spec, links, to_float(image)))(images)
+        drives = jax.vmap(lambda x: network.input_drive(spec, prepared, x))(to_float(images))
         found = settle_batch(
             spec,
             phases,
             False,
-            lambda drive: Absolute(spec, links, drive),
-            (drives,),
+            lambda *drives: Absolute(spec, prepared, drives),
+            drives,
             keys if spec.neuron.stochastic else None,
         )
-        return jax.vmap(lambda s: read_out(links, s))(found.state[-1]), found.info
+        outputs = jax.vmap(lambda s: network.read_out(spec, prepared, s))(found.state[-1])
+        return outputs, found.info
 
     return jax.lax.map(settled, (batches, keys))
 
