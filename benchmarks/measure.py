@@ -19,7 +19,7 @@ from matplotlib.ticker import NullLocator
 import ep_jax as ep
 from ep_jax import phases as phases_
 from ep_jax.diagnostics import connections
-from ep_jax.gradients.equilibrium import nudges
+from ep_jax.gradients.ep import nudges
 from ep_jax.presets import PRESETS, spec_of
 from ep_jax.run import placements
 
@@ -217,14 +217,14 @@ def phase_operations(
     spec: ep.NetworkSpec, phases: ep.Phases, *, nudged: bool = False, sweeps: int | None = None
 ) -> int:
     """Operations of a phase of one example; products with what is known to be zero are not made."""
-    cost = products(spec)
+    cost = [2 * e.layer.connections(spec.shapes[e.source + 1]) for e in spec.edges]
     sweeps = (phases.nudged if nudged else phases.free) if sweeps is None else sweeps
     from_zero = not nudged or phases.coordinates == "displacement"
     plan = phases_.plan(spec, phases, nudged, from_zero)
     total = 0
     for i in range(sweeps):
-        for l, below, above in plan[min(i, len(plan) - 1)]:
-            total += below * cost[l] + (above * cost[l + 1] if above else 0)
+        for turn in plan[min(i, len(plan) - 1)]:
+            total += sum(cost[edge.number] for edge in (*turn.below, *turn.above))
     return total
 
 

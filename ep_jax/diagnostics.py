@@ -33,7 +33,7 @@ from ep_jax.gradients.batch import check, check_batch, keys_of, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
-from ep_jax.phases import Phases, all_hear_all, optimal_relaxation
+from ep_jax.phases import Phases, optimal_relaxation
 
 
 def rate_twin(spec: NetworkSpec) -> NetworkSpec:
@@ -631,16 +631,6 @@ def feedback_answers(
     twin = rate_twin(spec)
     prepared = network.prepare(params, twin)
 
-    def pass_from_below(drives: tuple[jax.Array | None, ...], heard: State) -> State:
-        state: list[jax.Array] = []
-        own = network.external(prepared, drives)
-        for turn in all_hear_all(twin):
-            total = own[turn.layer] + heard[turn.layer]
-            for edge in turn.below:
-                total = total + network.drive(twin, prepared, edge, state[edge.source])
-            state.append(twin.activation(turn.layer).apply(total))
-        return tuple(state)
-
     def rest(x: jax.Array) -> tuple[tuple[jax.Array | None, ...], State, State]:
         drives = network.input_drive(twin, prepared, x)
         state = dynamics.settle(twin, phases, Absolute(twin, prepared, drives), None).state
@@ -653,7 +643,9 @@ def feedback_answers(
 
     def under(feedback: State) -> State:
         return jax.lax.map(
-            lambda of: pass_from_below(*of), (drives, feedback), batch_size=min(len(xs), 64)
+            lambda of: network.pass_from_below(twin, prepared, *of),
+            (drives, feedback),
+            batch_size=min(len(xs), 64),
         )
 
     def answers(state: State) -> jax.Array:

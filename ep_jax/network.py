@@ -488,6 +488,31 @@ def currents(spec: NetworkSpec, prepared: Prepared, state: State) -> State:
     return tuple(total)
 
 
+def pass_from_below(
+    spec: NetworkSpec,
+    prepared: Prepared,
+    drives: tuple[jax.Array | None, ...],
+    heard: State | None = None,
+) -> State:
+    """One pass of rate neurons, bottom-up, under a feedback that is held; by default under none.
+
+    Args:
+        spec: the network.
+        prepared: its parameters.
+        drives: what the input says, see `input_drive`.
+        heard: what each layer hears from those above it, as `feedback` makes it.
+    """
+    state: list[jax.Array] = []
+    for l, total in enumerate(external(prepared, drives)):
+        if heard is not None:
+            total = total + heard[l]
+        for edge in spec.links:
+            if edge.target == l:
+                total = total + drive(spec, prepared, edge, state[edge.source])
+        state.append(spec.activation(l).apply(total))
+    return tuple(state)
+
+
 def prepared_phi(spec: NetworkSpec, prepared: Prepared, x: jax.Array, packed: State) -> jax.Array:
     """`phi` of a packed state: the one place where Phi is written."""
     total = jnp.zeros((), packed[-1].dtype)

@@ -265,13 +265,13 @@ def test_connections_are_what_a_drive_hangs_on(fold: bool) -> None:
         (8, 8, 1), (ep.Conv(2, 3), ep.Conv(3, 2, "avg", fold=fold), ep.Dense(2)), ep.Rate()
     )
     params = make_params(spec)
-    links = network.link(params, spec)
-    first = jax.jacobian(lambda x: network.input_drive(spec, links, x))(jnp.zeros((8, 8, 1)))
+    prepared, edges = network.prepare(params, spec), spec.edges
+    first = jax.jacobian(lambda x: network.input_drive(spec, prepared, x)[0])(jnp.zeros((8, 8, 1)))
     counted = diagnostics.connections(spec)
     assert counted[0] == np.count_nonzero(first)
     if fold:
         below = network.pack(spec, make_state(spec))[0]
-        second = jax.jacobian(lambda s: network.drive(spec, links, 1, s))(below)
+        second = jax.jacobian(lambda s: network.drive(spec, prepared, edges[1], s))(below)
         assert counted[1] == np.count_nonzero(second)
     else:  # 2x2 kernels at 2x2 positions that are pooled
         assert counted[1] == 4 * (2 * 2 * 2) * 3

@@ -440,7 +440,7 @@ def test_the_limit_scales_what_is_far_beyond_the_median() -> None:
 
     Output errors are equal; displacements are 1, 2, 4 and 100 long; the median is 3, the limit 6.
     """
-    from ep_jax.gradients.equilibrium import limit_displacements
+    from ep_jax.gradients.ep import limit_displacements
 
     sizes = jnp.asarray([1.0, 2.0, 4.0, 100.0])
     direction = jnp.asarray([0.6, 0.8])
