@@ -121,7 +121,7 @@ class Config:
     """Factor on the learning rate of each layer; empty: 1 for all."""
     warmup: float = 0.0
     """Share of the training during which the learning rate rises from 0."""
-    weight_decay: float = 0.2
+    weight_decay: float = 0.1
     """Weight decay (not on biases): decoupled, but with sgd part of the gradient."""
     layer_decays: tuple[float, ...] = ()
     """Factor on the weight decay of each layer; empty: 1 for all."""
@@ -193,16 +193,15 @@ _MNIST = Config(
     augmentation=Augmentation(shift=1, rotate=12.0, scale=0.12, shear=10.0),
 )
 
-# FashionMNIST pulls a network over the edge of contractivity: its links shrink while images stay
-# unsettled.
+# FashionMNIST pulls a network towards the edge of contractivity. Little decay keeps it away: small
+# weights reach the same outputs only by a larger gain of the loop.
 _FASHION = Config(
     dataset="fashion_mnist",
     kernels=(5, 3),
     padding="SAME",
     hidden=(256,),
     phases=replace(_PHASES, nudged=8, free_more=16, nudged_more=14),
-    weight_decay=0.1,
-    shrink=2.0,
+    weight_decay=0.05,
     augmentation=Augmentation(flip=True, erase=4),
 )
 
