@@ -68,7 +68,7 @@ MAIN = ("EP, one-sided, displacement", "EP, symmetric", *REVERSE)
 
 NEURONS: dict[str, ep.Neuron] = {
     "rate": ep.Rate(),
-    "spiking": PRESET.delta_code,
+    "spiking": PRESET.neuron,
 }
 
 

@@ -42,7 +42,7 @@ from ep_jax.run import provenance
 
 METHODS: dict[str, tuple[Gradient, ep.Neuron]] = {
     "EP, rate": (ep.ep_gradient, ep.Rate()),
-    "EP, spiking": (ep.ep_gradient, PRESET.delta_code),
+    "EP, spiking": (ep.ep_gradient, PRESET.neuron),
     "BPTT, rate": (ep.bptt_gradient, ep.Rate()),
 }
 AXES = {"sweeps": "free", "batch": "batch", "width": "width", "depth": "convolutions"}

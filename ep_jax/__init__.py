@@ -1,8 +1,12 @@
 """Equilibrium Propagation for convolutional spiking convergent RNNs.
 
-The names a user needs; `ep_jax.data`, `ep_jax.spikes`, `ep_jax.optimizers`, `ep_jax.training`,
-`ep_jax.pruning`, `ep_jax.presets`, `ep_jax.run` and `ep_jax.plots` are imported by name.
+The names a user needs; the modules `ep_jax.data`, `ep_jax.spikes`, `ep_jax.optimizers`,
+`ep_jax.training`, `ep_jax.pruning`, `ep_jax.presets`, `ep_jax.run`, `ep_jax.plots` and `ep_jax.nnx`
+(the flax module) load when they are first asked for.
 """
+
+import importlib
+from typing import Any
 
 from ep_jax import diagnostics
 from ep_jax.checkpoint import load_weights, save_weights
@@ -59,3 +63,11 @@ __all__ = [
     "phi",
     "save_weights",
 ]
+
+_LATER = ("data", "nnx", "optimizers", "plots", "presets", "pruning", "run", "spikes", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"ep_jax.{name}")
+    raise AttributeError(f"module 'ep_jax' has no attribute {name!r}")

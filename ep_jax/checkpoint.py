@@ -102,12 +102,12 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if value.keys() == {"function"}:
-        return _imported(value["function"])
+        return imported(value["function"])
     kind = value.get("type")
     if kind in _RECORDS:
         record = _RECORDS[kind]
     elif isinstance(kind, str) and ":" in kind:
-        record = _imported(kind)
+        record = imported(kind)
         if not dataclasses.is_dataclass(record):
             raise ValueError(f"type is {kind!r}, which is no dataclass")
     else:
@@ -119,7 +119,7 @@ def from_json(value: Any) -> Any:
         raise ValueError(f"{kind}: {error}") from error
 
 
-def _imported(path: Any) -> Any:
+def imported(path: Any) -> Any:
     """What an import path leads to."""
     module, _, name = str(path).partition(":")
     try:

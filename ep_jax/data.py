@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from ep_jax.checks import check_choice
+from ep_jax.checks import check_choice, check_integer, known
 
 DATASETS = ("digits", "mnist", "fashion_mnist")
 """The names that `load` knows."""
@@ -58,17 +58,20 @@ _Images = TypeVar("_Images", np.ndarray, jax.Array)
 
 
 class Dataset(NamedTuple):
-    """Labelled images in three disjoint parts. N differs between the parts; H, W and C do not.
+    """Labelled examples in three disjoint parts. N differs between the parts; H, W and C do not.
+
+    Your own arrays are one of these, by `from_arrays` or as it stands: images of any shape, vectors
+    ``[N, features]`` as well, uint8 (which a network sees in [0, 1]) or floating point (as it is).
 
     Attributes:
-        name: the name it was loaded by, one of `DATASETS`.
+        name: the name it was loaded by, one of `DATASETS`, or one of your own.
         classes: number of classes; every label is in ``0 .. classes - 1``.
-        train_images: uint8 ``[N, H, W, C]``, without the validation images, in their given order.
-        train_labels: int32 ``[N]``.
-        validation_images: uint8 ``[N, H, W, C]``, held out of the given training images.
-        validation_labels: int32 ``[N]``.
-        test_images: uint8 ``[N, H, W, C]``, in their given order.
-        test_labels: int32 ``[N]``.
+        train_images: ``[N, H, W, C]``, without the validation images, in their given order.
+        train_labels: integers ``[N]``.
+        validation_images: ``[N, H, W, C]``, held out of the given training images; may be empty.
+        validation_labels: integers ``[N]``.
+        test_images: ``[N, H, W, C]``, in their given order.
+        test_labels: integers ``[N]``.
     """
 
     name: str
@@ -162,24 +165,104 @@ def load(
     )
 
 
+def from_arrays(
+    name: str,
+    train: tuple[Any, Any],
+    test: tuple[Any, Any],
+    *,
+    validation: int,
+    classes: int | None = None,
+) -> Dataset:
+    """A dataset of your own arrays, with a validation set held out of the training images.
+
+    Args:
+        name: what results call it.
+        train: images ``[N, ...]``, uint8 or floating point, and integer labels ``[N]``.
+        test: images of the same shape, and their labels.
+        validation: number of training images to hold out, in the proportions of the classes.
+        classes: number of classes; by default one more than the largest label.
+
+    Raises:
+        ValueError, TypeError: an array does not fit the others.
+
+    Example:
+        >>> images, labels = np.zeros((30, 5, 7, 3), np.uint8), np.arange(30) % 26
+        >>> own = from_arrays("letters", (images, labels), (images, labels), validation=4)
+        >>> own.classes, own.train_images.shape
+        (26, (26, 5, 7, 3))
+    """
+    train_images, train_labels, test_images, test_labels = map(np.asarray, (*train, *test))
+    if classes is None:
+        classes = 1 + max((int(v.max()) for v in (train_labels, test_labels) if v.size), default=0)
+    _check_validation(validation, len(train_labels))
+    rest, held = _hold_out(train_labels, validation)
+    if len(train_images) != len(train_labels):
+        raise ValueError(f"train holds {len(train_images)} images and {len(train_labels)} labels; "
+                         "expected as many of one as of the other")  # fmt: skip
+    data = Dataset(
+        name=name,
+        classes=classes,
+        train_images=train_images[rest],
+        train_labels=train_labels[rest],
+        validation_images=train_images[held],
+        validation_labels=train_labels[held],
+        test_images=test_images,
+        test_labels=test_labels,
+    )
+    check_dataset(data)
+    return data
+
+
+def check_dataset(data: Any) -> None:
+    """Raise where `data` is no `Dataset` that can be learned."""
+    if not isinstance(data, Dataset):
+        raise TypeError(f"data is {type(data).__name__}; expected an ep_jax.data.Dataset, as from "
+                        "ep_jax.data.from_arrays")  # fmt: skip
+    check_integer("data.classes", data.classes, at_least=2)
+    shape = np.shape(data.train_images)[1:]
+    for part, least in (("train", 1), ("validation", 0), ("test", 1)):
+        images, labels = (getattr(data, f"{part}_{kind}") for kind in ("images", "labels"))
+        name = f"data.{part}_images"
+        if np.ndim(images) < 2 or np.shape(images)[1:] != shape or len(images) < least:
+            wanted = "(N, H, W, C) or (N, features)" if part == "train" else f"(N, *{shape})"
+            raise ValueError(f"{name} has shape {np.shape(images)}; expected {wanted} with N of at "
+                             f"least {least}")  # fmt: skip
+        check_pixels(name, images)
+        name = f"data.{part}_labels"
+        if np.shape(labels) != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{name} has shape {np.shape(labels)} and dtype {labels.dtype}; "
+                             f"expected integers of shape ({len(images)},)")  # fmt: skip
+        wrong = labels[(labels < 0) | (labels >= data.classes)]
+        if len(wrong):
+            raise ValueError(f"{name} holds the label {wrong[0]}; expected labels in 0 .. "
+                             f"{data.classes - 1}")  # fmt: skip
+
+
+def check_pixels(name: str, images: Any) -> None:
+    """Raise where `images` are neither uint8 nor finite floating-point numbers."""
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise TypeError(f"{name} has dtype {images.dtype}; expected uint8 or floating point")
+    if images.dtype != np.uint8 and known(images) and not np.isfinite(np.asarray(images)).all():
+        raise ValueError(f"{name} holds values that are NaN or infinite; expected finite numbers")
+
+
 def to_float(images: _Images) -> _Images:
-    """Scales uint8 images to float32 in [0, 1], by division by 255.
+    """Scales uint8 images to float32 in [0, 1], by division by 255; others stay as they are.
 
     NumPy arrays give NumPy arrays and JAX arrays give JAX arrays, also inside ``jit``. XLA
     multiplies by the reciprocal, so the two may differ in the last bit.
 
     Args:
-        images: uint8 array of any shape.
+        images: array of any shape, uint8 or floating point.
 
     Returns:
-        A float32 array of the same shape.
+        An array of the same shape.
 
     Raises:
-        ValueError: `images` is not uint8 (it may have been scaled before).
+        TypeError: `images` is of another type.
     """
-    if images.dtype != np.uint8:
-        raise ValueError(f"images has dtype {images.dtype}; expected uint8")
-    return images.astype(np.float32) / 255
+    check_pixels("images", images)
+    return images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
 
 
 # Splits

@@ -40,7 +40,7 @@ from ep_jax.checkpoint import (
     write_atomically,
     write_json,
 )
-from ep_jax.data import Dataset, load, to_float
+from ep_jax.data import Dataset, check_dataset, load, to_float
 from ep_jax.diagnostics import (
     AMBIGUOUS,
     contractivity,
@@ -54,7 +54,7 @@ from ep_jax.network import NetworkSpec, Params
 from ep_jax.optimizers import make_optimizer
 from ep_jax.phases import Phases
 from ep_jax.presets import Config, spec_of
-from ep_jax.training import StepMetrics
+from ep_jax.training import Augmentation, StepMetrics
 
 Record = dict[str, Any]
 """What one epoch measured: a line of ``metrics.jsonl``."""
@@ -76,7 +76,9 @@ def train(
     config: Config,
     out: str | os.PathLike[str],
     *,
+    data: Dataset | None = None,
     resume: bool = False,
+    on_epoch: Callable[[Record], None] | None = None,
     console: Console | None = None,
 ) -> Record:
     """Train as `config` says and write everything into `out`.
@@ -87,7 +89,9 @@ def train(
     Args:
         config: the run.
         out: folder for its files.
+        data: what to learn; by default what ``config.dataset`` names.
         resume: go on from the last checkpoint in `out`; start afresh where there is none.
+        on_epoch: called after each epoch with what it measured, a line of ``metrics.jsonl``.
         console: where progress is shown.
 
     Returns:
@@ -106,7 +110,13 @@ def train(
     if not resume and ((out / "metrics.jsonl").exists() or (out / "checkpoints").exists()):
         raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, or "
                               "--resume to go on with that run")  # fmt: skip
-    data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
+    if data is None:
+        data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
+    check_dataset(data)
+    if config.augmentation != Augmentation() and data.train_images.ndim != 4:
+        raise ValueError(f"augmentation is {config.augmentation} for examples of shape "
+                         f"{data.train_images.shape[1:]}; expected none, or images "
+                         "(H, W, C)")  # fmt: skip
     if config.train_images is not None:
         if config.train_images > len(data.train_images):
             raise ValueError(f"train_images is {config.train_images}; expected at most the "
@@ -177,7 +187,7 @@ def train(
             params = jax.device_get(state.params)
             answers, _ = training.predict(
                 params, spec, config.phases, data.validation_images, eval_key
-            ) if config.validation != 0 else (None, None)  # fmt: skip
+            ) if len(data.validation_images) else (None, None)  # fmt: skip
             record = {"epoch": epoch, "step": int(state.step)} | _mean(pieces)
             record["val_error"] = (
                 None if answers is None else training.error_rate(answers, data.validation_labels)
@@ -202,6 +212,8 @@ def train(
             for kind in record["warnings"].keys() - warned:
                 console.print(f"warning: {record['warnings'][kind]}", style="yellow")
             warned |= record["warnings"].keys()
+            if on_epoch is not None:
+                on_epoch(record)
             if asked and epoch < config.epochs:
                 raise _stopped(asked[0], epoch, state)
     checkpoints.close()
@@ -213,6 +225,7 @@ def train(
         "last_epoch": {name: v for name, v in history[-1].items() if name != "curve"},
         "seconds_per_epoch": float(np.median([r["seconds"] for r in history])),
         "compile_seconds": compile_seconds,
+        "dataset": data.name,
         "seed": config.seed,
         "config": to_json(config),
         **provenance(),
@@ -220,7 +233,7 @@ def train(
     save_weights(out, params, spec, config.phases)
     write_json(out / "result.json", result)
     _draw(out / "figures", params, spec, config.phases, data, history, eval_key)
-    console.print(_summary(config, spec, result, out))
+    console.print(_summary(config, data.name, spec, result, out))
     return result
 
 
@@ -269,7 +282,7 @@ def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.Gradien
     """The optimiser of `config` for a training of so many steps."""
     return make_optimizer(
         spec,
-        getattr(config, config.optimizer),
+        config.optimizer,
         learning_rate=config.learning_rate,
         steps=steps,
         layer_rates=config.layer_rates,
@@ -584,11 +597,11 @@ _METHODS = {
 }
 
 
-def _summary(config: Config, spec: NetworkSpec, result: Record, out: Path) -> Table:
+def _summary(config: Config, dataset: str, spec: NetworkSpec, result: Record, out: Path) -> Table:
     validation = result["val_error"][-1]
     spikes = " ".join(f"{s:.2f}" for s in result["spikes_per_neuron"])
     method = _METHODS[config.gradient]
-    table = Table(title=f"{config.dataset}: {config.neuron}, {method}", min_width=60)
+    table = Table(title=f"{dataset}: {type(config.neuron).__name__}, {method}", min_width=60)
     table.add_column("")
     table.add_column("result", justify="right")
     table.add_row("test error", f"{result['test_error']:.2f} %")

@@ -18,7 +18,7 @@ import optax
 
 from ep_jax import network
 from ep_jax.checks import check_integer, check_non_negative
-from ep_jax.data import to_float
+from ep_jax.data import check_pixels, to_float
 from ep_jax.dynamics import Absolute, PhaseInfo, mean_info, settle_batch
 from ep_jax.gradients.ep import ep_gradient
 from ep_jax.network import NetworkSpec, Params
@@ -130,12 +130,14 @@ class Augmentation:
 
 
 def augment(key: jax.Array, images: jax.Array, how: Augmentation) -> jax.Array:
-    """Vary images ``[B, H, W, C]``, each on its own.
+    """Vary images ``[B, H, W, C]``, each on its own. Examples that are no images stay as they are.
 
     Example:
         >>> augment(jax.random.key(0), jnp.ones((2, 8, 8, 1)), Augmentation(shift=2)).shape
         (2, 8, 8, 1)
     """
+    if how == Augmentation():
+        return images
 
     def vary(key: jax.Array, image: jax.Array) -> jax.Array:
         shift_key, deform_key, flip_key, erase_key = jax.random.split(key, 4)
@@ -294,12 +296,13 @@ def _answers(
 
 
 def check_images(spec: NetworkSpec, images: np.ndarray | jax.Array) -> None:
-    """Raise where `images` are not uint8 ``[N, *spec.input_shape]``."""
-    if images.dtype != np.uint8 or tuple(images.shape[1:]) != spec.input_shape or not len(images):
+    """Raise where `images` are not images ``[N, *spec.input_shape]``."""
+    if tuple(images.shape[1:]) != spec.input_shape or not len(images):
         raise ValueError(
-            f"images has dtype {images.dtype} and shape {tuple(images.shape)}; expected uint8 of "
-            f"shape (N, {', '.join(map(str, spec.input_shape))}) with N of at least 1"
+            f"images has dtype {images.dtype} and shape {tuple(images.shape)}; expected shape "
+            f"(N, {', '.join(map(str, spec.input_shape))}) with N of at least 1"
         )
+    check_pixels("images", images)
 
 
 def predict(

@@ -2,20 +2,25 @@
 
     python experiments/train.py --preset digits --out runs/digits
     python experiments/train.py --preset mnist --epochs 1 --out runs/mnist --devices 2
+    python experiments/train.py --neuron sigma_delta --neuron.lam 0.5 --out runs/sigma_delta
 
-A preset is a complete run; every field of it can be overridden. See ep_jax/presets.py.
+A preset is a complete run; every field of it can be overridden. See ep_jax/presets.py. --neuron is
+rate, sigma_delta, delta_code, bernoulli, integrate_fire, or a class of your own, module:Class;
+--optimizer is muon, adamw or sgd. --help shows the settings of those that are named before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from ep_jax.checkpoint import imported
 from ep_jax.health import DivergedError
 from ep_jax.presets import PRESETS, Config
 from ep_jax.run import StoppedError, divide_cpu, train
@@ -36,12 +41,27 @@ class Arguments:
 
 
 def parse(words: list[str]) -> Arguments:
-    """The arguments of the command line, with the defaults of the preset they name."""
+    """The arguments of the command line, with the defaults of what they name.
+
+    A preset, a neuron model and an optimiser decide which other arguments there are.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="digits", choices=PRESETS)
-    preset = first.parse_known_args(words)[0].preset
-    default = Arguments(out=tyro.MISSING, config=PRESETS[preset], preset=preset)
-    return tyro.cli(Arguments, args=words, default=default)
+    for name in ("--neuron", "--optimizer"):
+        first.add_argument(name)
+    named, words = first.parse_known_args(words)
+    config = PRESETS[named.preset]
+    if named.neuron is not None:
+        config = dataclasses.replace(config, neuron=made(named.neuron))
+    if named.optimizer is not None:
+        config = dataclasses.replace(config, optimizer=named.optimizer)
+    default = Arguments(out=tyro.MISSING, config=config, preset=named.preset)
+    return tyro.cli(Arguments, args=words, default=default, description=__doc__)
+
+
+def made(name: str) -> Any:
+    """A neuron model with its defaults from ``module:Class``; other names as they are."""
+    return imported(name)() if ":" in name else name
 
 
 def main() -> None:
