@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,50 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import flat, make_batch, make_params, relative_error
+from own import Local, Softened
 
 import ep_jax as ep
 from ep_jax import diagnostics
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-@dataclass(frozen=True)
-class Local(ep.Layer):
-    """A user's layer: each position of a state has a small kernel of its own, without sharing."""
-
-    features: int
-    size: int = 2
-
-    def output_shape(self, below: tuple[int, ...]) -> tuple[int, ...]:
-        return (below[0] // self.size, below[1] // self.size, self.features)
-
-    def init(self, key: Any, below: tuple[int, ...], gain: float, dtype: Any) -> Any:
-        height, width, _ = self.output_shape(below)
-        fan_in = self.size**2 * below[2]
-        w = jax.random.normal(key, (height, width, fan_in, self.features), dtype)
-        return {"w": gain * w / fan_in**0.5, "b": jnp.zeros(self.features, dtype)}
-
-    def drive(self, prepared: Any, s: jax.Array) -> jax.Array:
-        n, (height, width) = self.size, prepared["w"].shape[:2]
-        patches = s[: n * height, : n * width].reshape(height, n, width, n, -1)
-        patches = patches.transpose(0, 2, 1, 3, 4).reshape(height, width, -1)
-        return jnp.einsum("hwi,hwio->hwo", patches, prepared["w"])
-
-    def matrices(self, params: Any) -> dict[str, int]:
-        return {"w": 2}
-
-
-@dataclass(frozen=True)
-class Softened(ep.Dense):
-    """A user's layer that is not linear in the state below."""
-
-    linear = False
-
-    def drive(self, prepared: Any, s: jax.Array) -> jax.Array:
-        return jnp.tanh(s) @ prepared
-
-    def pull(self, prepared: Any, here: jax.Array, field: jax.Array) -> jax.Array:
-        return ep.Layer.pull(self, prepared, here, field)
 
 
 def blockwise(cost: Any = "squared_error") -> ep.NetworkSpec:
