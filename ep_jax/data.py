@@ -192,13 +192,13 @@ def from_arrays(
         (26, (26, 5, 7, 3))
     """
     train_images, train_labels, test_images, test_labels = map(np.asarray, (*train, *test))
+    if len(train_images) != len(train_labels):
+        raise ValueError(f"train holds {len(train_images)} images and {len(train_labels)} labels; "
+                         "expected as many of one as of the other")  # fmt: skip
     if classes is None:
         classes = 1 + max((int(v.max()) for v in (train_labels, test_labels) if v.size), default=0)
     _check_validation(validation, len(train_labels))
     rest, held = _hold_out(train_labels, validation)
-    if len(train_images) != len(train_labels):
-        raise ValueError(f"train holds {len(train_images)} images and {len(train_labels)} labels; "
-                         "expected as many of one as of the other")  # fmt: skip
     data = Dataset(
         name=name,
         classes=classes,

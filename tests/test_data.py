@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from ep_jax import data
-from ep_jax.data import DATASETS, Dataset, load, to_float
+from ep_jax.data import DATASETS, Dataset, from_arrays, load, to_float
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -412,8 +412,9 @@ def test_to_float() -> None:
     assert inside.dtype == jnp.float32
     assert inside.max() == 1
     np.testing.assert_array_max_ulp(np.asarray(inside), scaled, maxulp=1)
-    with pytest.raises(ValueError, match="images has dtype float32; expected uint8"):
-        to_float(scaled)
+    assert to_float(scaled) is scaled
+    with pytest.raises(TypeError, match="images has dtype int32; expected uint8 or floating point"):
+        to_float(images.astype(np.int32))
 
 
 # Real data
@@ -437,3 +438,47 @@ def test_prepared_data_is_the_official_data_in_the_official_order(
     assert len(default.train_images) == 55_000
     shares = np.bincount(whole.train_labels) * (5_000 / 60_000)
     assert np.abs(np.bincount(default.validation_labels) - shares).max() < 1
+
+
+# Own arrays
+
+
+def letters(**changed: Any) -> Any:
+    """26 classes, images that are not square, colours."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(104) % 26
+    images = rng.integers(0, 256, (104, 5, 7, 3), np.uint8)
+    given = {"train": (images, labels), "test": (images[:52], labels[:52]), "validation": 26}
+    return from_arrays("letters", **given | changed)
+
+
+def test_own_arrays_are_held_out_by_class() -> None:
+    """A built-in ten; images that lose their labels."""
+    data = letters()
+    assert (data.name, data.classes, data.train_images.shape) == ("letters", 26, (78, 5, 7, 3))
+    assert sorted(data.validation_labels) == list(range(26))
+    kept = {image.tobytes() for image in (*data.train_images, *data.validation_images)}
+    assert kept == {image.tobytes() for image in letters(validation=0).train_images}
+    vectors = from_arrays(
+        "rows", (np.eye(4), np.arange(4)), (np.eye(4), np.arange(4)), validation=0, classes=9
+    )
+    assert (vectors.classes, vectors.train_images.shape) == (9, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"validation": 104}, ValueError, "validation is 104; expected an integer"),
+        ({"classes": 20}, ValueError, "label 2[0-5]; expected labels in 0 .. 19"),
+        ({"train": (np.zeros((4, 2)), np.zeros(3, int))}, ValueError, "4 images and 3 labels"),
+        ({"test": (np.zeros((4, 5, 7, 1)), np.zeros(4, int))}, ValueError, "test_images has shape"),
+        ({"test": (np.full((4, 5, 7, 3), np.nan), np.zeros(4, int))}, ValueError, "NaN"),
+        ({"test": (np.zeros((4, 5, 7, 3), int), np.zeros(4, int))}, TypeError, "dtype int64"),
+        ({"test": (np.zeros((4, 5, 7, 3)), np.zeros(4))}, ValueError, "test_labels .* integers"),
+        ({"test": (np.zeros((0, 5, 7, 3)), np.zeros(0, int))}, ValueError, "N of at least 1"),
+    ],
+)
+def test_own_arrays_that_do_not_fit_are_named(changed: Any, error: Any, said: str) -> None:
+    """An error of XLA's own, or a training on labels that no output has."""
+    with pytest.raises(error, match=said):
+        letters(**changed)
