@@ -37,7 +37,7 @@ from rich.progress import track
 from rich.table import Table
 
 import ep_jax as ep
-from ep_jax.checkpoint import write_json
+from ep_jax.files import write_json
 from ep_jax.run import provenance
 
 MIB = 2**20

@@ -23,7 +23,7 @@ import time_to_accuracy
 import tyro
 from rich.console import Console
 
-from ep_jax.checkpoint import write_atomically
+from ep_jax.files import write_atomically
 from ep_jax.run import divide_cpu
 
 

@@ -19,7 +19,16 @@ from ep_jax.gradients.ep import ep_gradient
 from ep_jax.gradients.implicit import implicit_gradient
 from ep_jax.layers import Dense, Layer, LayerParams
 from ep_jax.maps import Pool
-from ep_jax.network import NetworkSpec, Params, Skip, State, energy, init_params, phi
+from ep_jax.network import (
+    NetworkSpec,
+    Normalization,
+    Params,
+    Skip,
+    State,
+    energy,
+    init_params,
+    phi,
+)
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
 from ep_jax.phases import Phases
 from ep_jax.pools import AvgPool, GlobalAvgPool, MaxPool
@@ -41,6 +50,7 @@ __all__ = [
     "MaxPool",
     "NetworkSpec",
     "Neuron",
+    "Normalization",
     "Params",
     "PhaseInfo",
     "Phases",

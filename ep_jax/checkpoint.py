@@ -12,27 +12,22 @@ imported when the weights are loaded: load those of people whom you trust.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import importlib
 import json
 import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ep_jax.conv import Conv
-from ep_jax.costs import CrossEntropy, SquaredError
-from ep_jax.layers import Dense
-from ep_jax.network import NetworkSpec, Params, Skip, check_params, parameters_of
-from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Rate, SigmaDelta
+from ep_jax.descriptions import from_json, to_json
+from ep_jax.files import make_folder, replacing
+from ep_jax.network import NetworkSpec, Params, check_params, parameters_of
 from ep_jax.phases import Phases
-from ep_jax.pools import AvgPool, GlobalAvgPool, MaxPool
 from ep_jax.training import TrainState
 
 WEIGHTS_FORMAT = 3
@@ -45,132 +40,6 @@ a schedule alone, all of whose numbers it holds.
 """
 CHECKPOINT_FORMAT = 2
 """Version of the checkpoints that are written; another one is refused."""
-
-_RECORDS = {
-    record.__name__: record
-    for record in (
-        *(NetworkSpec, Skip, Conv, Dense, Phases),
-        *(AvgPool, MaxPool, GlobalAvgPool, SquaredError, CrossEntropy),
-        *(Rate, SigmaDelta, DeltaCode, Bernoulli, IntegrateFire),
-    )
-}
-
-
-def to_json(value: Any) -> Any:
-    """A specification as JSON: a record becomes an object with its type's name under ``"type"``.
-
-    What is not of this library has its import path as its name; a function is an object with
-    ``"function"`` alone.
-
-    Raises:
-        ValueError: a type or function that could not be imported again.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        name = type(value).__name__
-        own = type(value) is _RECORDS.get(name) or type(value).__module__.startswith("ep_jax.")
-        return {"type": name if own else _import_path(type(value)), **fields}
-    if isinstance(value, list | tuple):
-        return [to_json(v) for v in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    if callable(value):
-        return {"function": _import_path(value)}
-    return value
-
-
-def _import_path(value: Any) -> str:
-    """``module:name`` of a type or function; ``ValueError`` where it leads nowhere else."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
-    if not module or module == "__main__" or not name or "<" in name:
-        raise ValueError(
-            f"{value!r} cannot be saved, since no other program could import it; expected a class "
-            "or function at the top level of a module, not of the script itself"
-        )
-    return f"{module}:{name}"
-
-
-def from_json(value: Any) -> Any:
-    """The inverse of `to_json`.
-
-    Raises:
-        ValueError: an unknown record or field, a value that the record refuses, or a type that
-            cannot be imported.
-    """
-    if isinstance(value, list):
-        return tuple(from_json(v) for v in value)
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"function"}:
-        return imported(value["function"])
-    kind = value.get("type")
-    if kind in _RECORDS:
-        record = _RECORDS[kind]
-    elif isinstance(kind, str) and ":" in kind:
-        record = imported(kind)
-        if not dataclasses.is_dataclass(record):
-            raise ValueError(f"type is {kind!r}, which is no dataclass")
-    else:
-        raise ValueError(f"type is {kind!r}; expected one of {', '.join(_RECORDS)}, or "
-                         "'module:name'")  # fmt: skip
-    try:
-        return record(**{k: from_json(v) for k, v in value.items() if k != "type"})
-    except TypeError as error:
-        raise ValueError(f"{kind}: {error}") from error
-
-
-def imported(path: Any) -> Any:
-    """What an import path leads to."""
-    module, _, name = str(path).partition(":")
-    try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path!r} cannot be imported ({error}); expected its module on Python's "
-                         "path, as where it was saved") from error  # fmt: skip
-    return found
-
-
-def make_folder(name: str, path: Path) -> None:
-    """Make the folder that the argument `name` asks for, where it is not there yet."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"{name} is {str(path)!r}, which cannot be made: {error.strerror}; expected a folder "
-            "that is there, or in a place that may be written to"
-        ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    with _replacing(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once it is written and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            f"{path} cannot be written: {error.strerror or error}; expected a folder with room "
-            "that may be written to. What was there is as it was"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinity are refused."""
-    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 DESCRIPTION = "network"
@@ -200,7 +69,7 @@ def save_weights(
         for owner, p in zip(_owners(spec), params, strict=True)
         for name, value in p.items()
     }
-    with _replacing(folder / "weights.npz") as file:
+    with replacing(folder / "weights.npz") as file:
         np.savez(file, **arrays, **{DESCRIPTION: np.array(json.dumps(described))})
     (folder / "network.json").unlink(missing_ok=True)  # of an earlier version: it is of no use now
 

@@ -20,6 +20,7 @@ With a read-out the last layer of the spec is outside the dynamics, and ``L`` is
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -64,6 +65,47 @@ class Skip:
             raise TypeError(f"Skip.layer is {self.layer!r}; expected a layer such as ep_jax.Conv")
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """What a network takes its inputs as: ``(x - mean) / std``, along their last axis.
+
+    Attributes:
+        mean: a number for each channel (or feature), or one for all.
+        std: likewise, positive.
+
+    Example:
+        >>> Normalization(mean=(0.5,), std=(0.25,))(jnp.array([0.25, 1.0])).tolist()
+        [-1.0, 2.0]
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            values = tuple(values) if isinstance(values, Sequence | np.ndarray) else (values,)
+            object.__setattr__(self, name, values)
+            for value in values:
+                check_number(f"Normalization.{name}", value, above=least)
+            if not values:
+                raise ValueError(f"Normalization.{name} is (); expected at least one number")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The inputs ``x [..., channels]`` as the network takes them."""
+        if self == Normalization():
+            return x
+        mean, std = (jnp.asarray(values, x.dtype) for values in (self.mean, self.std))
+        return (x - mean) / std
+
+    def check(self, input_shape: Shape) -> None:
+        """Raise where inputs of a shape have another number of channels."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, input_shape[-1]):
+                raise ValueError(f"normalization.{name} is {values}; expected 1 number, or "
+                                 f"{input_shape[-1]} for inputs {input_shape}")  # fmt: skip
+
+
 class Edge(NamedTuple):
     """A map from one state to another one.
 
@@ -102,6 +144,7 @@ class NetworkSpec:
             ``cost="cross_entropy"`` alone.
         output: activation of the last layer inside the dynamics; by default ``"linear"``, and the
             neurons' own below a read-out.
+        normalization: what the inputs are taken as.
 
     Raises:
         ValueError, TypeError: naming the argument, where the layers do not fit each other.
@@ -120,6 +163,7 @@ class NetworkSpec:
     skips: tuple[Skip, ...] = ()
     readout: bool | None = None
     output: str | None = None
+    normalization: Normalization = Normalization()
 
     def __post_init__(self) -> None:
         for name, optional in (("input_shape", False), ("layers", False), ("skips", True)):
@@ -146,6 +190,10 @@ class NetworkSpec:
         check_choice("readout", self.readout, (None, True, False))
         if self.output is not None:
             check_choice("output", self.output, ACTIVATIONS)
+        if not isinstance(self.normalization, Normalization):
+            raise TypeError(f"normalization is {self.normalization!r}; expected "
+                            "ep_jax.Normalization")  # fmt: skip
+        self.normalization.check(self.input_shape)
         if not self.depth:
             raise ValueError("layers holds one layer; expected two or more with a read-out (that of"
                              " cost='cross_entropy'), which has no state")  # fmt: skip
@@ -443,7 +491,7 @@ def input_drive(
 
     A tuple over layers, with ``None`` for those that it says nothing to.
     """
-    x = as_precise_as(prepared.biases[0], x)
+    x = spec.normalization(as_precise_as(prepared.biases[0], x))
     drives: list[jax.Array | None] = [None] * spec.depth
     for edge in spec.edges:
         if edge.source < 0:

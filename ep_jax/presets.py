@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
 from ep_jax.conv import Conv
+from ep_jax.costs import COSTS
 from ep_jax.data import DATASETS
+from ep_jax.descriptions import imported, read
 from ep_jax.gradients import GRADIENTS
 from ep_jax.layers import Dense, Layer
-from ep_jax.network import NetworkSpec
+from ep_jax.network import NetworkSpec, Normalization
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
 from ep_jax.optimizers import SGD, AdamW, Muon, Settings, check_layer_factors
 from ep_jax.phases import Phases
@@ -59,10 +61,10 @@ class Config:
     the mean activity.
     """
 
-    dataset: Literal["digits", "mnist", "fashion_mnist"] = "mnist"
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "mnist"
     """Images to learn: digits needs no download."""
     data_dir: str | None = None
-    """Where MNIST data lie (IDX files or TFDS data); by default TFDS_DATA_DIR."""
+    """Where the data lie (published files or TFDS data); by default TFDS_DATA_DIR."""
     validation: int | None = None
     """Training images held out to choose by; by default 5,000 (digits: 200)."""
     train_images: int | None = None
@@ -88,10 +90,19 @@ class Config:
     """Padding of the convolutions."""
     hidden: tuple[int, ...] = (128,)
     """Units of the hidden dense layers; the output layer comes on top."""
+    layers: tuple[Any, ...] = ()
+    """Any layers in place of those that the five fields above describe, below the output layer; or
+    texts such as "Conv(32, 5)"."""
+    skips: tuple[Any, ...] = ()
+    """Connections between layers that are no neighbours, or texts such as "Skip(1, 3,
+    Dense(128))"."""
+    normalization: Normalization = field(default_factory=Normalization)
+    """What the network takes its inputs as; uint8 images are in [0, 1] before."""
     gain: float = 0.29
     """Scale of the initial weights."""
-    cost: Literal["squared_error", "cross_entropy"] = "squared_error"
-    """Cost: cross_entropy takes the output layer out of the dynamics."""
+    cost: Any = "squared_error"
+    """squared_error, cross_entropy (which takes the output layer out of the dynamics), a function
+    of your own, or its import path "module:name"."""
     feedback: float = 1.0
     """Feedback strength alpha in (0, 1]; 1 is the papers' network."""
 
@@ -126,10 +137,12 @@ class Config:
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("gradient", self.gradient, GRADIENTS)
-        for name, kinds in (("neuron", NEURONS), ("optimizer", OPTIMIZERS)):
+        for name, kinds in (("neuron", NEURONS), ("optimizer", OPTIMIZERS), ("cost", COSTS)):
             if isinstance(value := getattr(self, name), str):
-                check_choice(name, value, kinds)
-                object.__setattr__(self, name, kinds[value]())
+                object.__setattr__(self, name, _named(name, value, kinds))
+        for name in ("layers", "skips"):
+            parts = (read(name, v) if isinstance(v, str) else v for v in getattr(self, name))
+            object.__setattr__(self, name, tuple(parts))
         if not isinstance(self.neuron, Neuron):
             raise TypeError(f"neuron is {self.neuron!r}; expected a neuron model such as "
                             "ep_jax.DeltaCode(), or its name")  # fmt: skip
@@ -156,9 +169,20 @@ class Config:
         if len(self.channels) != len(self.kernels):
             raise ValueError(f"kernels is {self.kernels}; expected one kernel for each of the "
                              f"{len(self.channels)} entries of channels")  # fmt: skip
-        depth = len(self.channels) + len(self.hidden) + 1
+        depth = 1 + (len(self.layers) or len(self.channels) + len(self.hidden))
         for name in ("layer_rates", "layer_decays"):
             check_layer_factors(name, getattr(self, name), depth)
+
+
+def _named(name: str, value: str, kinds: dict[str, Any]) -> Any:
+    """What a text names: one of `kinds`, a call of Python, or something of the user's."""
+    if "(" in value:
+        return read(name, value)
+    if ":" not in value:
+        check_choice(name, value, kinds)
+        return value if name == "cost" else kinds[value]()
+    found = imported(value)
+    return found() if isinstance(found, type) else found
 
 
 def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> NetworkSpec:
@@ -169,17 +193,21 @@ def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> Netwo
         ((12, 12, 32), (4, 4, 64), (128,), (10,))
     """
     pool = None if config.pool == "none" else config.pool
-    layers: list[Layer] = [
-        Conv(features, kernel, pool=pool, padding=config.padding)
-        for features, kernel in zip(config.channels, config.kernels, strict=True)
-    ]
-    layers += [Dense(units) for units in (*config.hidden, classes)]
+    layers: list[Layer] = list(config.layers)
+    if not layers:
+        layers += [
+            Conv(features, kernel, pool=pool, padding=config.padding)
+            for features, kernel in zip(config.channels, config.kernels, strict=True)
+        ]
+        layers += [Dense(units) for units in config.hidden]
     return NetworkSpec(
         input_shape=input_shape,
-        layers=tuple(layers),
+        layers=(*layers, Dense(classes)),
         neuron=config.neuron,
         cost=config.cost,
         feedback=config.feedback,
+        skips=config.skips,
+        normalization=config.normalization,
     )
 
 

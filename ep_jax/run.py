@@ -32,15 +32,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ep_jax import health, plots, training
-from ep_jax.checkpoint import (
-    Checkpoints,
-    make_folder,
-    save_weights,
-    to_json,
-    write_atomically,
-    write_json,
-)
+from ep_jax.checkpoint import Checkpoints, save_weights
 from ep_jax.data import Dataset, check_dataset, load, to_float
+from ep_jax.descriptions import to_json
 from ep_jax.diagnostics import (
     AMBIGUOUS,
     contractivity,
@@ -49,6 +43,7 @@ from ep_jax.diagnostics import (
     synaptic_operations,
 )
 from ep_jax.dynamics import PhaseInfo
+from ep_jax.files import make_folder, write_atomically, write_json
 from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.optimizers import make_optimizer

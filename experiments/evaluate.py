@@ -14,8 +14,8 @@ from typing import Annotated
 import tyro
 
 from ep_jax import load_weights
-from ep_jax.checkpoint import write_json
 from ep_jax.data import load
+from ep_jax.files import write_json
 from ep_jax.run import evaluate, provenance
 
 

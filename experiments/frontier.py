@@ -28,9 +28,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import ep_jax as ep
-from ep_jax.checkpoint import to_json, write_json
 from ep_jax.data import load
+from ep_jax.descriptions import to_json
 from ep_jax.diagnostics import spikes_per_neuron
+from ep_jax.files import write_json
 from ep_jax.presets import PRESETS
 from ep_jax.run import provenance
 

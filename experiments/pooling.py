@@ -29,8 +29,9 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics, network, training
-from ep_jax.checkpoint import to_json, write_json
 from ep_jax.data import Dataset, load, to_float
+from ep_jax.descriptions import to_json
+from ep_jax.files import write_json
 from ep_jax.gradients import GRADIENTS
 from ep_jax.presets import PRESETS
 from ep_jax.run import provenance

@@ -16,11 +16,10 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from ep_jax.checkpoint import imported
 from ep_jax.health import DivergedError
 from ep_jax.presets import PRESETS, Config
 from ep_jax.run import StoppedError, divide_cpu, train
@@ -47,21 +46,15 @@ def parse(words: list[str]) -> Arguments:
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="digits", choices=PRESETS)
-    for name in ("--neuron", "--optimizer"):
-        first.add_argument(name)
+    for name in ("neuron", "optimizer"):
+        first.add_argument(f"--{name}")
+    for name in ("layers", "skips"):
+        first.add_argument(f"--{name}", nargs="*")
     named, words = first.parse_known_args(words)
-    config = PRESETS[named.preset]
-    if named.neuron is not None:
-        config = dataclasses.replace(config, neuron=made(named.neuron))
-    if named.optimizer is not None:
-        config = dataclasses.replace(config, optimizer=named.optimizer)
+    parts = {k: v for k, v in vars(named).items() if k != "preset" and v is not None}
+    config = dataclasses.replace(PRESETS[named.preset], **parts)
     default = Arguments(out=tyro.MISSING, config=config, preset=named.preset)
     return tyro.cli(Arguments, args=words, default=default, description=__doc__)
-
-
-def made(name: str) -> Any:
-    """A neuron model with its defaults from ``module:Class``; other names as they are."""
-    return imported(name)() if ":" in name else name
 
 
 def main() -> None:

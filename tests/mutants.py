@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from ep_jax.checkpoint import write_json
+from ep_jax.files import write_json
 from ep_jax.run import provenance
 
 ROOT = Path(__file__).resolve().parent.parent

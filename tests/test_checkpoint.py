@@ -18,7 +18,9 @@ import pytest
 from helpers import attempt
 
 import ep_jax as ep
-from ep_jax.checkpoint import Checkpoints, from_json, to_json, write_json
+from ep_jax.checkpoint import Checkpoints
+from ep_jax.descriptions import from_json, to_json
+from ep_jax.files import write_json
 from ep_jax.training import TrainState
 
 SPECS = [

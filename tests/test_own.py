@@ -17,7 +17,7 @@ import pytest
 from own import Lazy, Local, Softened, huber
 
 import ep_jax as ep
-from ep_jax.checkpoint import from_json, to_json
+from ep_jax.descriptions import from_json, to_json
 
 SPEC = ep.NetworkSpec(
     (8, 8, 1),
