@@ -11,7 +11,7 @@ from typing import Any
 from ep_jax import diagnostics
 from ep_jax.checkpoint import load_weights, save_weights
 from ep_jax.conv import Conv
-from ep_jax.derivatives import BPTT, EP, Implicit, equilibrium
+from ep_jax.derivatives import BPTT, EP, Implicit, NotSettledWarning, equilibrium
 from ep_jax.dynamics import PhaseInfo, Snapshot, free_phase, nudged_phase
 from ep_jax.gradients.batch import GradientInfo
 from ep_jax.gradients.bptt import bptt_gradient
@@ -51,6 +51,7 @@ __all__ = [
     "NetworkSpec",
     "Neuron",
     "Normalization",
+    "NotSettledWarning",
     "Params",
     "PhaseInfo",
     "Phases",

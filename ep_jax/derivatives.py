@@ -15,6 +15,7 @@ scale, code every cotangent alike.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, overload
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 
 from ep_jax import network
 from ep_jax.checks import check_choice
-from ep_jax.dynamics import PhaseInfo, mean_info
+from ep_jax.dynamics import FAR, PhaseInfo, mean_info
 from ep_jax.gradients import bptt, ep, implicit
 from ep_jax.gradients.batch import Free, Keys, check_batch, keys_of, settle
 from ep_jax.network import NetworkSpec, Params
@@ -220,13 +221,18 @@ def equilibrium(
             and coordinates as well.
         key: random key, for stochastic neurons and ``estimator="random_sign"``.
         derivative: `EP`, `BPTT` or `Implicit`.
-        info: return the `PhaseInfo` of the free phases as well. It is not differentiated.
+        info: return the `PhaseInfo` of the free phases as well. It is not differentiated. Without
+            it the program itself warns where the state is far from settled, by a callback to the
+            host: a program that is to be exported, or kept in JAX's cache on disk, asks for it.
 
     Returns:
         States ``[B, *spec.state_shapes[-1]]``, and the info where it is asked for.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype or value.
+
+    Warns:
+        NotSettledWarning: see `info`.
 
     Example:
         >>> spec = NetworkSpec((3,), (ep_jax.Dense(4), ep_jax.Dense(2)), neuron=ep_jax.Rate())
@@ -245,4 +251,29 @@ def equilibrium(
     check_choice("info", info, (True, False))
     found = derivative.settle(params, spec, xs, phases, keys_of(spec, key, len(xs)))
     # The last layer's packed state is its logical one: no layer above reads it.
-    return (found.output, jax.lax.stop_gradient(found.info)) if info else found.output
+    if info:
+        return found.output, jax.lax.stop_gradient(found.info)
+    _warn_if_far(found.info, phases.free)
+    return found.output
+
+
+class NotSettledWarning(UserWarning):
+    """An equilibrium is none: its free phase ended far from the fixed point."""
+
+
+def _warn_if_far(info: PhaseInfo, sweeps: int) -> None:
+    """Have the running program say so where the mean residual of a batch is above a bound."""
+    residual, bound = jax.lax.stop_gradient(info.mean_residual), FAR["free"]
+
+    def warn(residual: jax.Array) -> None:
+        if residual > bound:  # a `cond` under `vmap` takes both ways
+            warnings.warn(
+                f"the equilibrium has not settled after {sweeps} sweeps: one more would move the "
+                f"state by {100 * float(residual):.0f} % in the mean. Derivatives by EP and by "
+                "implicit differentiation are right at a fixed point only. More sweeps, smaller "
+                "weights or weaker feedback help; info=True returns this number instead",
+                NotSettledWarning,
+                stacklevel=2,
+            )
+
+    jax.lax.cond(residual > bound, lambda r: jax.debug.callback(warn, r), lambda r: None, residual)

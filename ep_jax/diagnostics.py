@@ -571,6 +571,8 @@ class Recurrence(NamedTuple):
 class FeedbackAnswers(NamedTuple):
     """Answers ``[B]`` of the rate twin under some feedback, and what feedback makes of its state.
 
+    An answer is the number of the largest unit of the output, whatever its shape.
+
     Attributes:
         share: see `Recurrence`.
         own: at the fixed point.
@@ -649,7 +651,8 @@ def feedback_answers(
         )
 
     def answers(state: State) -> jax.Array:
-        return jax.vmap(lambda s: network.read_out(twin, prepared, s))(state[-1]).argmax(-1)
+        outputs = jax.vmap(lambda s: network.read_out(twin, prepared, s))(state[-1])
+        return outputs.reshape(len(outputs), -1).argmax(-1)
 
     forward = under(nothing)
     share = [
@@ -796,7 +799,8 @@ def sweeps_needed(
         free, rest = needed(coordinates, key)
         base = dynamics.base_of(spec, prepared, coordinates.swept(rest))
         answer = network.read_out(spec, prepared, rest[-1])
-        target = jnp.roll(jax.nn.one_hot(answer.argmax(), spec.classes, dtype=x.dtype), 1)
+        chosen = jax.nn.one_hot(answer.argmax(), answer.size, dtype=x.dtype)
+        target = jnp.roll(chosen, 1).reshape(answer.shape)
         nudge = Nudge(phases.beta, lambda s: network.cost_gradient(spec, prepared, s, target))
         nudged, _ = needed(Displacement(spec, prepared, base, nudge), key)
         return SweepsNeeded(free, nudged, network.unpack(spec, rest))

@@ -46,6 +46,12 @@ MOVING = 1e-3
 """A unit counts as moving when a sweep changes it by more than this."""
 UNSETTLED = 1e-2
 """An example counts as unsettled when its relative residual is larger than this."""
+FAR = {"free": 0.1, "nudged": 0.3}
+"""A phase is far from settled whose relative residual, the mean of a batch, is above this.
+
+A gradient that is off by a relative .3 is still at a cosine of .95 with the exact one, and it is
+linear in the displacement. The free state decides the answer, and its error enters all of it.
+"""
 CHECK = 4
 """A phase with a tolerance looks at its residual every so many sweeps."""
 

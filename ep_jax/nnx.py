@@ -72,12 +72,13 @@ class Equilibrium(nnx.Module):
 
     def __call__(self, xs: jax.Array) -> jax.Array:
         """The settled states of the last layer, ``[B, *spec.state_shapes[-1]]``."""
-        return self._settle(xs)[0]
+        return equilibrium(self.params, self.spec, xs, self.phases, self._key(), self.derivative)
 
     def with_info(self, xs: jax.Array) -> tuple[jax.Array, PhaseInfo]:
         """The same, and the `PhaseInfo` of the free phases."""
-        return self._settle(xs)
+        return equilibrium(
+            self.params, self.spec, xs, self.phases, self._key(), self.derivative, info=True
+        )
 
-    def _settle(self, xs: jax.Array) -> tuple[jax.Array, PhaseInfo]:
-        key = None if self.rngs is None else self.rngs.phases()
-        return equilibrium(self.params, self.spec, xs, self.phases, key, self.derivative, info=True)
+    def _key(self) -> jax.Array | None:
+        return None if self.rngs is None else self.rngs.phases()

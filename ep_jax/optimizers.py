@@ -23,7 +23,7 @@ import optax
 from ep_jax import network
 from ep_jax.checks import check_float_array, check_integer, check_non_negative, check_number
 from ep_jax.layers import Layer
-from ep_jax.network import NetworkSpec, Params
+from ep_jax.network import NetworkSpec, Params, Skip
 
 
 @dataclass(frozen=True)
@@ -282,12 +282,12 @@ def orthogonalize(matrix: jax.Array, steps: int = 5) -> jax.Array:
 
 
 class CapState(NamedTuple):
-    """State of `cap_links`; the links are those of layers ``1 ... L - 1`` (0-based).
+    """State of `cap_links`; the links are ``spec.links``: those between neighbours, then skips.
 
     Attributes:
         vectors: the power iteration's unit vector of each link, in the packed layout of the state
             below it.
-        norms: latest norm of each link, after the cap, ``[L - 1]``.
+        norms: latest norm of each link, after the cap.
         capped: how many links the last step scaled down, int32.
     """
 
@@ -396,7 +396,7 @@ def shrink_links(spec: NetworkSpec, decay: float) -> optax.GradientTransformatio
 
 
 def link_norms(params: Params, spec: NetworkSpec, iterations: int = 100) -> jax.Array:
-    """The norms of the links between the layers inside the dynamics, ``[L - 1]``.
+    """The norms of the links between the layers inside the dynamics, ``[L - 1]``, then of skips.
 
     The operator norm of each bias-free drive by the layer below, as `cap_links` means it, from a
     power iteration that starts anew: it approaches the norm from below.
@@ -418,16 +418,18 @@ def link_norms(params: Params, spec: NetworkSpec, iterations: int = 100) -> jax.
     return _measure(params, spec, _start(params, spec), iterations)[1]
 
 
-def radius_bound(norms: jax.Array, feedback: float) -> jax.Array:
+def radius_bound(norms: jax.Array, feedback: float, skips: Sequence[Skip] = ()) -> jax.Array:
     """What the norms of the links prove: no spectral radius of the relaxation is larger.
 
-    The largest eigenvalue of the symmetric tridiagonal matrix ``N [L, L]`` with ``sqrt(feedback) *
-    norms`` beside its diagonal of zeros; ``2 c cos(pi / (L + 1))`` where all these are ``c``.
+    The largest eigenvalue of the symmetric matrix ``N [L, L]`` that holds, for each link from layer
+    ``l`` to ``m``, ``feedback^((m - l) / 2)`` times its norm. Without skips it is tridiagonal, and
+    ``2 c cos(pi / (L + 1))`` where all its entries are ``c``.
 
     If the bound ``r`` is below 1, the activation's slope is at most 1 and no pool takes a maximum:
 
     1. In ``z_l = alpha^((l - L) / 2) s_l`` the currents are ``S z`` plus a constant, with symmetric
-       ``S`` of blocks ``sqrt(alpha) A_l``, so ``|S| <= |N| = r`` and the Jacobian's radius too.
+       ``S`` of blocks ``alpha^((m - l) / 2) A_e``, so ``|S| <= |N| = r``, and the Jacobian's radius
+       is no larger either.
     2. The energy's Hessian is ``I - S >= 1 - r > 0``: it is strongly convex on the box.
     3. ``N`` has a positive eigenvector ``u`` (Perron). Two states of one input whose layers differ
        by ``d_m`` differ, once layer ``l`` is updated, there by at most ``sum_m N_lm |d_m|``, and
@@ -440,8 +442,9 @@ def radius_bound(norms: jax.Array, feedback: float) -> jax.Array:
     the like for equilibrium networks by monotone operators.
 
     Args:
-        norms: norms of the links, ``[L - 1]``, as from `link_norms`.
+        norms: norms of the links, ``[L - 1]`` and one for each skip, as from `link_norms`.
         feedback: the feedback strength alpha in (0, 1].
+        skips: those of the network.
 
     Returns:
         A scalar.
@@ -452,8 +455,14 @@ def radius_bound(norms: jax.Array, feedback: float) -> jax.Array:
     """
     check_float_array("norms", norms, ("L - 1",))
     check_number("feedback", feedback, above=0.0, at_most=1.0)
-    beside = jnp.sqrt(jnp.asarray(feedback, norms.dtype)) * norms
-    return jnp.linalg.eigvalsh(jnp.diag(beside, 1) + jnp.diag(beside, -1))[-1]
+    between = [skip for skip in skips if skip.source > 0]  # the input hears nothing
+    depth = len(norms) - len(between) + 1
+    ends = [(l, l + 1) for l in range(depth - 1)]
+    ends += [(skip.source - 1, skip.target - 1) for skip in between]
+    bounds = jnp.zeros((depth, depth), norms.dtype)
+    for (l, m), norm in zip(ends, norms, strict=True):
+        bounds = bounds.at[l, m].set(feedback ** ((m - l) / 2) * norm)
+    return jnp.linalg.eigvalsh(bounds + bounds.T)[-1]
 
 
 def norms_of(opt_state: optax.OptState) -> CapState | None:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import ep_jax as ep
+from ep_jax.network import parameters_of
 
 Tree: TypeAlias = Any
 
@@ -31,16 +32,13 @@ def attempt(call: Callable[[], Any]) -> Any:
 def make_params(spec: ep.NetworkSpec, seed: int = 0, gain: float = 1.0, bias: float = 0.3) -> Tree:
     """Random float64 parameters ``N(0, gain^2 / fan_in)`` with biases that are not zero."""
     rng = np.random.default_rng(seed)
-    params, shape = [], spec.input_shape
-    for layer in spec.layers:
-        if isinstance(layer, ep.Conv):
-            size = (layer.kernel, layer.kernel, shape[-1], layer.features)
-        else:
-            size = (math.prod(shape), layer.features)
-        shape = layer.output_shape(shape)
-        w = rng.normal(size=size) * gain / math.sqrt(math.prod(size[:-1]))
-        b = rng.normal(size=layer.features) * bias
-        params.append({"w": jnp.asarray(w), "b": jnp.asarray(b)})
+    params = []
+    for like in parameters_of(spec):
+        shape = like["w"].shape
+        w = rng.normal(size=shape) * gain / math.sqrt(math.prod(shape[:-1]))
+        params.append({"w": jnp.asarray(w)})
+        if "b" in like:  # a skip has none
+            params[-1]["b"] = jnp.asarray(rng.normal(size=like["b"].shape) * bias)
     return tuple(params)
 
 
@@ -59,12 +57,13 @@ def make_state(spec: ep.NetworkSpec, seed: int = 2) -> tuple[jax.Array, ...]:
 
 def affine(layer: ep.Conv | ep.Dense, p: Tree, below: jax.Array) -> jax.Array:
     """``A(s)`` of one layer as the papers write it: convolution, bias, then the pool."""
+    bias = p.get("b", jnp.zeros(layer.features, p["w"].dtype))
     if isinstance(layer, ep.Dense):
-        return below.reshape(-1) @ p["w"] + p["b"]
+        return below.reshape(-1) @ p["w"] + bias
     out = jax.lax.conv_general_dilated(
         below[None], p["w"], (1, 1), layer.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    out = out[0] + jnp.broadcast_to(p["b"], out[0].shape)
+    out = out[0] + jnp.broadcast_to(bias, out[0].shape)
     window = {"window_dimensions": (2, 2, 1), "window_strides": (2, 2, 1), "padding": "VALID"}
     if layer.pool == "avg":
         return jax.lax.reduce_window(out, np.zeros((), out.dtype)[()], jax.lax.add, **window) / 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -176,6 +177,37 @@ def test_the_info_comes_along_and_is_not_differentiated() -> None:
     assert told(params, 1.0) - told(params, 0.0) == pytest.approx(free.free.residual)
     without, with_info = (jax.grad(told)(params, share) for share in (0.0, 5.0))
     assert relative_error(with_info, without) == 0
+
+
+WAYS = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "vmap": lambda f: lambda p, xs: jax.jit(jax.vmap(f, (None, 0)))(p, jnp.stack([xs, xs])),
+    "grad of a checkpoint": lambda f: jax.jit(jax.grad(jax.checkpoint(f))),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("derivative", [ep.EP(), ep.BPTT(), ep.Implicit()])
+def test_a_caller_who_never_looks_is_warned(way: str, derivative: Any) -> None:
+    """Derivatives of a state that is far from its fixed point, without a word; a false alarm."""
+    spec = SPECS["folded pool"]
+    params, xs = start(spec, gain=0.7)
+
+    def run(free: int) -> None:
+        phases = ep.Phases(free=free, nudged=5)
+
+        def f(params: Any, xs: jax.Array) -> jax.Array:
+            return ep.equilibrium(params, spec, xs, phases, derivative=derivative).sum()
+
+        jax.block_until_ready(WAYS[way](f)(params, xs))
+        jax.effects_barrier()
+
+    with pytest.warns(ep.NotSettledWarning, match=r"not settled after 1 sweeps: .* state by \d+ %"):
+        run(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(60)
 
 
 def test_spiking_networks_learn_as_by_ep_gradient() -> None:
