@@ -18,10 +18,10 @@ from matplotlib.ticker import NullLocator
 
 import ep_jax as ep
 from ep_jax import phases as phases_
+from ep_jax.devices import placements
 from ep_jax.diagnostics import connections
 from ep_jax.gradients.ep import nudges
 from ep_jax.presets import PRESETS, spec_of
-from ep_jax.run import placements
 
 SHAPE = (28, 28, 1)
 LAYERS = (ep.Conv(32, 5), ep.Conv(64, 5), ep.Dense(128), ep.Dense(10))

@@ -38,7 +38,7 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax.files import write_json
-from ep_jax.run import provenance
+from ep_jax.provenance import provenance
 
 MIB = 2**20
 

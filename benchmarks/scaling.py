@@ -38,7 +38,7 @@ from rich.table import Table
 import ep_jax as ep
 from ep_jax import diagnostics
 from ep_jax.files import write_json
-from ep_jax.run import provenance
+from ep_jax.provenance import provenance
 
 METHODS: dict[str, tuple[Gradient, ep.Neuron]] = {
     "EP, rate": (ep.ep_gradient, ep.Rate()),

@@ -1,8 +1,8 @@
 """Equilibrium Propagation for convolutional spiking convergent RNNs.
 
 The names a user needs; the modules `ep_jax.data`, `ep_jax.spikes`, `ep_jax.optimizers`,
-`ep_jax.training`, `ep_jax.pruning`, `ep_jax.presets`, `ep_jax.run`, `ep_jax.plots` and `ep_jax.nnx`
-(the flax module) load when they are first asked for.
+`ep_jax.training`, `ep_jax.pruning`, `ep_jax.presets`, `ep_jax.loop`, `ep_jax.run`, `ep_jax.plots`
+and `ep_jax.nnx` (the flax module) load when they are first asked for.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from ep_jax import diagnostics
 from ep_jax.checkpoint import load_weights, save_weights
 from ep_jax.conv import Conv
 from ep_jax.derivatives import BPTT, EP, Implicit, NotSettledWarning, equilibrium
-from ep_jax.dynamics import PhaseInfo, Snapshot, free_phase, nudged_phase
+from ep_jax.dynamics import PhaseInfo, free_phase, nudged_phase
 from ep_jax.gradients.batch import GradientInfo
 from ep_jax.gradients.bptt import bptt_gradient
 from ep_jax.gradients.ep import ep_gradient
@@ -32,6 +32,7 @@ from ep_jax.network import (
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
 from ep_jax.phases import Phases
 from ep_jax.pools import AvgPool, GlobalAvgPool, MaxPool
+from ep_jax.relaxation import Snapshot
 
 __all__ = [
     "BPTT",
@@ -75,7 +76,10 @@ __all__ = [
     "save_weights",
 ]
 
-_LATER = ("data", "nnx", "optimizers", "plots", "presets", "pruning", "run", "spikes", "training")
+_LATER = (
+    *("data", "loop", "nnx", "optimizers", "plots"),
+    *("presets", "pruning", "run", "spikes", "training"),
+)
 
 
 def __getattr__(name: str) -> Any:

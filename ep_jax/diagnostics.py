@@ -20,20 +20,14 @@ import jax.numpy as jnp
 
 from ep_jax import dynamics, network
 from ep_jax.checks import check_integer, check_number
-from ep_jax.dynamics import (
-    Absolute,
-    Coordinates,
-    Displacement,
-    Nudge,
-    PhaseInfo,
-    Snapshot,
-    mean_info,
-)
+from ep_jax.coordinates import Absolute, Coordinates, Displacement, Nudge, base_of
+from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.gradients.batch import check, check_batch, keys_of, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
 from ep_jax.phases import Phases, optimal_relaxation
+from ep_jax.relaxation import Snapshot
 
 
 def rate_twin(spec: NetworkSpec) -> NetworkSpec:
@@ -797,7 +791,7 @@ def sweeps_needed(
     def one(x: jax.Array, key: jax.Array | None) -> SweepsNeeded:
         coordinates = Absolute(spec, prepared, network.input_drive(spec, prepared, x))
         free, rest = needed(coordinates, key)
-        base = dynamics.base_of(spec, prepared, coordinates.swept(rest))
+        base = base_of(spec, prepared, coordinates.swept(rest))
         answer = network.read_out(spec, prepared, rest[-1])
         chosen = jax.nn.one_hot(answer.argmax(), answer.size, dtype=x.dtype)
         target = jnp.roll(chosen, 1).reshape(answer.shape)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ep_jax.data import to_float
-from ep_jax.dynamics import Snapshot, free_phase
+from ep_jax.dynamics import free_phase
 from ep_jax.network import NetworkSpec, Params, check_params
 from ep_jax.phases import Phases
+from ep_jax.relaxation import Snapshot
 from ep_jax.training import check_images
 
 

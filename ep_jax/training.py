@@ -18,8 +18,9 @@ import optax
 
 from ep_jax import network
 from ep_jax.checks import check_integer, check_non_negative
+from ep_jax.coordinates import Absolute
 from ep_jax.data import check_pixels, to_float
-from ep_jax.dynamics import Absolute, PhaseInfo, mean_info, settle_batch
+from ep_jax.dynamics import PhaseInfo, mean_info, settle_batch
 from ep_jax.gradients.ep import ep_gradient
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.optimizers import norms_of
@@ -43,7 +44,7 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-class Links(NamedTuple):
+class LinkNorms(NamedTuple):
     """The links between the layers, where their norms are capped.
 
     Attributes:
@@ -55,10 +56,10 @@ class Links(NamedTuple):
     capped: jax.Array
 
 
-def links_of(opt_state: optax.OptState) -> Links | None:
+def link_norms_of(opt_state: optax.OptState) -> LinkNorms | None:
     """What an optimiser's state tells of capped links; ``None`` where nothing is capped."""
     found = norms_of(opt_state)
-    return None if found is None else Links(tuple(found.norms), found.capped)
+    return None if found is None else LinkNorms(tuple(found.norms), found.capped)
 
 
 class StepMetrics(NamedTuple):
@@ -82,7 +83,7 @@ class StepMetrics(NamedTuple):
     free: PhaseInfo
     nudged: PhaseInfo | None
     limited: jax.Array | None = None
-    links: Links | None = None
+    links: LinkNorms | None = None
 
 
 def init_train_state(
@@ -235,7 +236,7 @@ def make_train_steps(
             free=info.free,
             nudged=info.nudged,
             limited=info.limited,
-            links=links_of(opt_state),
+            links=link_norms_of(opt_state),
         )
         return TrainState(params, opt_state, state.step + 1), metrics
 

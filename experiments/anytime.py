@@ -26,9 +26,9 @@ import ep_jax as ep
 from ep_jax import network
 from ep_jax.data import load, to_float
 from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
-from ep_jax.dynamics import Snapshot
 from ep_jax.files import write_json
-from ep_jax.run import provenance
+from ep_jax.provenance import provenance
+from ep_jax.relaxation import Snapshot
 from ep_jax.training import error_rate
 
 

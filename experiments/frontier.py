@@ -33,7 +33,7 @@ from ep_jax.descriptions import to_json
 from ep_jax.diagnostics import spikes_per_neuron
 from ep_jax.files import write_json
 from ep_jax.presets import PRESETS
-from ep_jax.run import provenance
+from ep_jax.provenance import provenance
 
 PRESET = PRESETS["mnist"].phases
 ALONE = replace(PRESET.without_stragglers(), limit=None)

@@ -34,7 +34,7 @@ from ep_jax.descriptions import to_json
 from ep_jax.files import write_json
 from ep_jax.gradients import GRADIENTS
 from ep_jax.presets import PRESETS
-from ep_jax.run import provenance
+from ep_jax.provenance import provenance
 
 WEAK = 0.05
 """Weak feedback; the other networks have the papers' 1."""

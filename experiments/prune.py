@@ -16,9 +16,10 @@ from rich.console import Console
 from ep_jax import load_weights, save_weights
 from ep_jax.checks import check_non_negative
 from ep_jax.data import load
+from ep_jax.evaluation import evaluate
 from ep_jax.files import write_json
+from ep_jax.provenance import provenance
 from ep_jax.pruning import activity, prune
-from ep_jax.run import evaluate, provenance
 from ep_jax.training import error_rate, predict
 
 

@@ -38,9 +38,10 @@ import ep_jax as ep
 from ep_jax import diagnostics, training
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
+from ep_jax.evaluation import recurrence_of
 from ep_jax.files import make_folder, write_json
 from ep_jax.phases import optimal_relaxation
-from ep_jax.run import provenance, recurrence_of
+from ep_jax.provenance import provenance
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from typing import Annotated
 
 import tyro
 
+from ep_jax.devices import divide_cpu
 from ep_jax.health import DivergedError
 from ep_jax.presets import PRESETS, Config
-from ep_jax.run import StoppedError, divide_cpu, train
+from ep_jax.run import StoppedError, train
 
 
 @dataclass(frozen=True)

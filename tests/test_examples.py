@@ -42,11 +42,12 @@ def issubclass_of_tuple(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, tuple)
 
 
-def test_the_readme_examples() -> None:
-    """The blocks of Python in the README, one after the other, as a reader would run them."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
+def test_the_examples_of_a_page(page: str) -> None:
+    """Its blocks of Python, one after the other, as a reader would run them."""
+    text = (Path(__file__).parent.parent / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)

@@ -22,10 +22,11 @@ import pytest
 from rich.console import Console
 
 import ep_jax as ep
-from ep_jax import plots, run, training
+from ep_jax import evaluation, plots, run, training
 from ep_jax.data import load, to_float
 from ep_jax.gradients import GRADIENTS
 from ep_jax.health import DivergedError
+from ep_jax.loop import Training
 from ep_jax.optimizers import link_norms
 from ep_jax.presets import PRESETS, Config, spec_of
 
@@ -248,7 +249,7 @@ def test_every_epoch_and_seed_has_its_own_order() -> None:
     """One order for all epochs: each batch would hold the same images for the whole training."""
     data = load("digits")
     orders = [
-        run._batches(dataclasses.replace(TINY, seed=seed), data, epoch).ravel()
+        Training(dataclasses.replace(TINY, seed=seed), data).dispatches(epoch).ravel()
         for seed, epoch in ((0, 1), (0, 2), (1, 1), (0, 1))
     ]
     for other in orders[1:3]:
@@ -323,7 +324,7 @@ def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(training, "make_train_steps", once)
     answers: Any = training._answers
-    radii: Any = run._contractivity
+    radii: Any = evaluation._contractivity
     before, looked = answers._cache_size(), radii._cache_size()
     train(dataclasses.replace(TINY, hidden=(11,)), tmp_path / "out")
     # Whole batches of validation and test images and what is left of these, and the test images at

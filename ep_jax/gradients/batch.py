@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ep_jax import dynamics, network
-from ep_jax.dynamics import Absolute, PhaseInfo, Swept
+from ep_jax.coordinates import Absolute, Swept
+from ep_jax.dynamics import PhaseInfo
 from ep_jax.layers import LayerParams
 from ep_jax.network import NetworkSpec, Params, Prepared, State
 from ep_jax.phases import Phases, check_phases

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 
 from ep_jax import dynamics, network
 from ep_jax.checks import check_choice, check_integer
-from ep_jax.dynamics import Absolute, Carry, PhaseInfo, Sweeps, mean_info
+from ep_jax.coordinates import Absolute
+from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.gradients.batch import GradientInfo, check
 from ep_jax.network import NetworkSpec, Params, Prepared, State
 from ep_jax.phases import Phases
+from ep_jax.relaxation import Carry, Relaxation
 
 
 def bptt_gradient(
@@ -124,26 +126,27 @@ def _settle(
 ) -> tuple[State, PhaseInfo]:
     """The free phase, of which the last `tracked` sweeps can be differentiated."""
     coordinates = Absolute(spec, prepared, drives)
-    phase = dynamics.sweeps_of(spec, phases, coordinates, key)
+    phase, carry = Relaxation(spec, phases, coordinates, key), None
     if tracked < phase.length:
         fixed = Absolute(spec, *jax.lax.stop_gradient((prepared, drives)))
-        untracked = dynamics.sweeps_of(spec, phases, fixed, key)
-        carry, _ = untracked._replace(length=phase.length - tracked).run()
-        phase = phase._replace(carry=carry, opening=(), length=tracked)
-    carry = _in_segments(phase) if remat else phase.run()[0]
-    found = dynamics.conclude(spec, coordinates, carry)
+        carry, _ = Relaxation(spec, phases, fixed, key).run(phase.length - tracked)
+    if remat:
+        carry = _in_segments(phase, phase.start() if carry is None else carry, tracked)
+    else:
+        carry, _ = phase.run(tracked, carry)
+    found = dynamics.settled(spec, coordinates, carry)
     return found.state, found.info
 
 
-def _in_segments(phase: Sweeps) -> Carry:
-    """``phase.run`` that remembers the carry of every ``sqrt(length)``-th sweep alone."""
+def _in_segments(phase: Relaxation, carry: Carry, sweeps: int) -> Carry:
+    """Sweeps on from a carry that remember that of every ``sqrt(sweeps)``-th alone."""
 
     def run(carry: Carry, count: int) -> Carry:
-        return phase._replace(carry=carry, opening=(), length=count).run()[0]
+        return phase.run(count, carry)[0]
 
-    length = math.isqrt(phase.length)
-    segments, rest = divmod(phase.length, length)
+    length = math.isqrt(sweeps)
+    segments, rest = divmod(sweeps, length)
     # Inside a scan nothing can merge the second forward pass with the first.
     segment = jax.checkpoint(lambda carry: run(carry, length), prevent_cse=False)
-    carry, _ = jax.lax.scan(lambda carry, _: (segment(carry), None), phase.carry, length=segments)
+    carry, _ = jax.lax.scan(lambda carry, _: (segment(carry), None), carry, length=segments)
     return jax.checkpoint(lambda carry: run(carry, rest))(carry) if rest else carry

@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ep_jax import dynamics, network
-from ep_jax.dynamics import Absolute, Base, Displacement, Nudge, PhaseInfo, mean_info
+from ep_jax.coordinates import Absolute, Base, Displacement, Nudge, base_of, displacement_units
+from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.gradients.batch import (
     Free,
     GradientInfo,
@@ -87,7 +88,7 @@ def displacement_psi(
 ) -> jax.Array:
     """A scalar whose derivative by parameters and input is ``psi(beta)`` of one example."""
     total = jnp.zeros((), d[-1].dtype)
-    units = dynamics.displacement_units(spec, beta, d[-1].dtype)
+    units = displacement_units(spec, beta, d[-1].dtype)
     own = network.external(prepared, network.input_drive(spec, prepared, x))
     for l, v in enumerate(d):
         below = own[l]
@@ -251,7 +252,7 @@ def _displaced(
 ) -> Contrast:
     """Nudged phases of the displacement: ``psi`` without a difference."""
     like = _cast_to(points.betas.dtype)
-    base = jax.vmap(lambda swept: dynamics.base_of(spec, free.prepared, swept))(free.swept)
+    base = jax.vmap(lambda swept: base_of(spec, free.prepared, swept))(free.swept)
     prepared, data, base = like((free.prepared, ys, base))
 
     def settle_at(betas: jax.Array) -> tuple[State, PhaseInfo]:

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 
 from ep_jax import dynamics, network
 from ep_jax.checks import check_integer, check_number
-from ep_jax.dynamics import MOVING, Absolute, PhaseInfo, mean_info
+from ep_jax.coordinates import Absolute
+from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.gradients.batch import Free, GradientInfo, answer, check, settle, with_readout
 from ep_jax.network import NetworkSpec, Params, Prepared, State
 from ep_jax.phases import Phases
+from ep_jax.relaxation import MOVING
 
 
 def implicit_gradient(
