@@ -152,8 +152,9 @@ def make_optimizer(
     )
     owners = _owners(spec)
     matrices = _matrices(spec)
-    decays = layer_decays or (1.0,) * depth
-    decay = _decay(spec, [weight_decay * decays[owner] for owner in owners])
+    factors = layer_decays or (1.0,) * depth
+    decays = [weight_decay * factors[owner] for owner in owners]
+    decay = optax.stateless(lambda updates, params: _add_weights(spec, updates, params, decays))
     bias_factor = 1.0
     match settings:
         case AdamW():
@@ -194,15 +195,6 @@ def _matrices(spec: NetworkSpec) -> tuple[dict[str, int], ...]:
     layers = (*spec.layers, *(skip.layer for skip in spec.skips))
     parameters = network.parameters_of(spec)
     return tuple(layer.matrices(like) for layer, like in zip(layers, parameters, strict=True))
-
-
-def _decay(spec: NetworkSpec, decays: Sequence[float]) -> optax.GradientTransformation:
-    """Adds its decay times the weights of each layer to the direction of a step; not of biases."""
-
-    def update(updates: Any, params: Any) -> Any:
-        return _add_weights(spec, updates, params, decays)
-
-    return optax.stateless(update)
 
 
 def _add_weights(spec: NetworkSpec, directions: Any, params: Any, factors: Sequence[Any]) -> Any:

@@ -270,9 +270,9 @@ def _compared(name: str, spiking: Config) -> dict[str, Config]:
     """A network by EP, and by what EP is compared with: the same layers and the same budget.
 
     Rate neurons are two free sweeps ahead of the code, which has to send what they know. Of BPTT
-    only the free phase counts. With one ordered sweep from zero it is feed-forward
-    backprop: no layer has heard from above when it answers. The feed-forward control makes the same
-    sweeps with its feedback cut to the limit, in training as well.
+    only the free phase counts. With one ordered sweep from zero it is feed-forward backprop: no
+    layer has heard from above when it answers. The feed-forward control makes the same sweeps with
+    its feedback cut to the limit, in training as well.
     """
     ahead = replace(spiking.phases, free=spiking.phases.free - 2)
     rate = replace(spiking, neuron=Rate(), phases=ahead)
