@@ -64,13 +64,14 @@ def save_weights(
     folder = Path(folder)
     described = {"format": WEIGHTS_FORMAT, "spec": to_json(spec), "phases": to_json(phases)}
     make_folder("folder", folder)
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{owner}.{name}": np.asarray(value)
         for owner, p in zip(_owners(spec), params, strict=True)
         for name, value in p.items()
     }
+    arrays[DESCRIPTION] = np.array(json.dumps(described))
     with replacing(folder / "weights.npz") as file:
-        np.savez(file, **arrays, **{DESCRIPTION: np.array(json.dumps(described))})
+        np.savez(file, **arrays)
     (folder / "network.json").unlink(missing_ok=True)  # of an earlier version: it is of no use now
 
 

@@ -156,15 +156,15 @@ def _settled_by(
     """The settled batch, whose derivative in reverse mode is `backward`."""
 
     def forward(params: Params, xs: jax.Array, keys: Keys) -> tuple[Settled, Any]:
-        free = settle(params, spec, xs, phases, keys.free)
+        free, info = settle(params, spec, xs, phases, keys.free)
         kept = (params, xs, keys, free.state, free.swept)
-        return Settled(free.state[-1], mean_info(free.info)), kept
+        return Settled(free.state[-1], mean_info(info)), kept
 
     def reverse(kept: Any, cotangent: Settled) -> tuple[Params, jax.Array, None]:
         params, xs, keys, state, swept = kept
         prepared = network.prepare(params, spec)
         drives = jax.vmap(lambda x: network.input_drive(spec, prepared, x))(xs)
-        free = Free(prepared, drives, state, swept, info=None)
+        free = Free(prepared, drives, state, swept)
         return *backward(params, xs, keys, free, cotangent.output), None
 
     settled = jax.custom_vjp(lambda *args: forward(*args)[0])

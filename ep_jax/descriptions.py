@@ -81,10 +81,10 @@ def from_json(value: Any) -> Any:
         return imported(value["function"])
     kind = value.get("type")
     if kind in RECORDS:
-        record = RECORDS[kind]
+        record: Any = RECORDS[kind]
     elif isinstance(kind, str) and ":" in kind:
         record = imported(kind)
-        if not dataclasses.is_dataclass(record):
+        if not (isinstance(record, type) and dataclasses.is_dataclass(record)):
             raise ValueError(f"type is {kind!r}, which is no dataclass")
     else:
         raise ValueError(f"type is {kind!r}; expected one of {', '.join(RECORDS)}, or "

@@ -229,7 +229,7 @@ def gdu(
             f"phases has sweep={phases.sweep!r} and coordinates={phases.coordinates!r}; expected "
             "'synchronous' and 'absolute'"
         )
-    free = settle(params, spec, xs, phases, given.keys.free)
+    free, _ = settle(params, spec, xs, phases, given.keys.free)
     start = jax.vmap(lambda s: network.unpack(spec, s))(free.state)
 
     def nudged(x: jax.Array, y: jax.Array, s: State, key: Any, beta: float) -> State:
@@ -361,15 +361,15 @@ def distance_to_rate(
     """
     xs = check_batch(params, spec, xs, phases, key)
     keys = keys_of(spec, key, len(xs)).free
-    free = settle(params, spec, xs, phases, keys)
-    fixed = settle(params, rate_twin(spec), xs, reference, None)
+    free, told = settle(params, spec, xs, phases, keys)
+    fixed, _ = settle(params, rate_twin(spec), xs, reference, None)
 
     def rms(values: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.mean(values**2))
 
     apart = jnp.stack([rms(a - b) for a, b in zip(free.state, fixed.state, strict=True)])
     size = jnp.stack([rms(b) for b in fixed.state])
-    return StateDistance(apart, apart / size, mean_info(free.info))
+    return StateDistance(apart, apart / size, mean_info(told))
 
 
 def spikes_per_neuron(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:

@@ -111,14 +111,14 @@ class Edge(NamedTuple):
 
     Attributes:
         number: its place in `NetworkSpec.edges`.
-        index: that of its parameters in `Params`.
+        params_index: that of its parameters in `Params`.
         source: 0-based number of the layer that it comes from; -1 is the input.
         target: 0-based number of the layer that it goes to.
         layer: the map.
     """
 
     number: int
-    index: int
+    params_index: int
     source: int
     target: int
     layer: Layer
@@ -372,7 +372,8 @@ class Prepared(NamedTuple):
 def prepare(params: Params, spec: NetworkSpec) -> Prepared:
     """The parameters in prepared form."""
     maps = tuple(
-        edge.layer.prepare(params[edge.index], spec.shapes[edge.source + 1]) for edge in spec.edges
+        edge.layer.prepare(params[edge.params_index], spec.shapes[edge.source + 1])
+        for edge in spec.edges
     )
     biases = tuple(spec.layers[l].bias(params[l], spec.shapes[l]) for l in range(spec.depth))
     readout = params[spec.depth] if spec.has_readout else None

@@ -345,9 +345,9 @@ def _scale_links(spec: NetworkSpec, updates: Any, params: Any, factors: Any) -> 
     """Updates that take the weights of each link to its factor times where they would go."""
     scaled, matrices = list(updates), _matrices(spec)
     for edge, factor in zip(spec.links, factors, strict=True):
-        u, p = updates[edge.index], params[edge.index]
-        moved = {n: factor * u[n] + (factor - 1) * p[n] for n in matrices[edge.index]}
-        scaled[edge.index] = u | moved
+        u, p = updates[edge.params_index], params[edge.params_index]
+        moved = {n: factor * u[n] + (factor - 1) * p[n] for n in matrices[edge.params_index]}
+        scaled[edge.params_index] = u | moved
     return tuple(scaled)
 
 
@@ -380,7 +380,7 @@ def shrink_links(spec: NetworkSpec, decay: float) -> optax.GradientTransformatio
         del others
         if params is None:
             raise ValueError("params is None; expected the parameters, which shrink_links scales")
-        links = {edge.index for edge in spec.links}
+        links = {edge.params_index for edge in spec.links}
         factors = [decay * unsettled if i in links else 0.0 for i in range(len(params))]
         return _add_weights(spec, updates, params, factors), state
 
@@ -490,7 +490,7 @@ def _measure(
     measured, factors = [], []
     for edge, vector in zip(spec.links, vectors, strict=True):
         layer, factor = edge.layer.bound()
-        prepared = layer.prepare(params[edge.index], spec.state_shapes[edge.source])
+        prepared = layer.prepare(params[edge.params_index], spec.state_shapes[edge.source])
         step = functools.partial(_stretch, layer, prepared)
         start = (vector, jnp.zeros((), vector.dtype))
         measured.append(

@@ -164,9 +164,9 @@ def make_step(augmentation: Augmentation) -> Any:
 
 
 @nnx.jit
-def answers(model: Blocks, images: jax.Array) -> jax.Array:
+def answers(model: Blocks, images: np.ndarray) -> jax.Array:
     """The classes of uint8 images."""
-    return model(to_float(images))[0].argmax(-1)
+    return model(jnp.asarray(to_float(images)))[0].argmax(-1)
 
 
 def error(model: Blocks, images: np.ndarray, labels: np.ndarray, batch: int = 500) -> float:
@@ -200,7 +200,7 @@ def train(settings: Settings, data: Dataset, rule: str, console: Console) -> dic
     first = (data.train_images[plan[0, 0]], data.train_labels[plan[0, 0]])
     compiled = step.lower(model, optimizer, *first, key).compile()
     analysis = compiled.memory_analysis()
-    seconds, errors, told = [], [], None
+    seconds, errors, told = [], [], []
     for epoch in range(settings.epochs):
         model.train()
         rng = np.random.default_rng([settings.seed, epoch])
@@ -208,15 +208,16 @@ def train(settings: Settings, data: Dataset, rule: str, console: Console) -> dic
         for i, batch in enumerate(order):
             began = time.perf_counter()
             own = jax.random.fold_in(key, epoch * steps + i)
-            told = compiled(
-                model, optimizer, data.train_images[batch], data.train_labels[batch], own
+            told.append(
+                compiled(model, optimizer, data.train_images[batch], data.train_labels[batch], own)
             )
-            jax.block_until_ready(told)
+            jax.block_until_ready(told[-1])
             seconds.append(time.perf_counter() - began)
         model.eval()
         errors.append(error(model, data.validation_images, data.validation_labels))
-        residuals = " ".join(f"{float(r):.1e}" for r in told.residuals)
-        console.print(f"{rule}  epoch {epoch + 1}/{settings.epochs}  loss {float(told.loss):.3f}  "
+        loss = np.mean([float(t.loss) for t in told[-steps:]])
+        residuals = " ".join(f"{float(r):.1e}" for r in told[-1].residuals)
+        console.print(f"{rule}  epoch {epoch + 1}/{settings.epochs}  loss {loss:.3f}  "
                       f"residuals {residuals}  val {errors[-1]:.2f} %")  # fmt: skip
     return {
         "rule": rule,
@@ -224,7 +225,7 @@ def train(settings: Settings, data: Dataset, rule: str, console: Console) -> dic
         "val_error": errors,
         "step_seconds": float(np.median(seconds[1:])),
         "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
-        "residuals": [float(r) for r in told.residuals],
+        "residuals": [float(r) for r in told[-1].residuals],
         **recurrence(model, data.validation_images[:128]),
     }
 

@@ -67,7 +67,7 @@ def run(arguments: Arguments) -> None:
         "share": arguments.share,
         **{
             name: {
-                "units": [layer.features for layer in network[1].layers],
+                "units": [shape[-1] for shape in network[1].state_shapes],
                 "parameters": sum(a.size for a in jax.tree.leaves(network[0])),
                 "val_error": error_rate(answers[name], data.validation_labels),
             }

@@ -206,7 +206,7 @@ def exact_norms(params: Any, spec: ep.NetworkSpec) -> np.ndarray:
     params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
     norms = []
     for edge in spec.links:
-        layer, own = edge.layer, params[edge.index]
+        layer, own = edge.layer, params[edge.params_index]
         if isinstance(layer, ep.Conv) and layer.pool == "max":
             layer = ep.Conv(layer.features, layer.kernel, None, layer.padding)
         below = jnp.zeros(spec.state_shapes[edge.source])

@@ -104,26 +104,24 @@ class Free(NamedTuple):
         drives: what the input says to each layer, of each example.
         state: the packed free states.
         swept: one more sweep of rate neurons from there.
-        info: the `PhaseInfo` of each example.
     """
 
     prepared: Prepared
     drives: tuple[jax.Array | None, ...]
     state: State
     swept: Swept
-    info: PhaseInfo
 
 
 def settle(
     params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases, keys: jax.Array | None
-) -> Free:
-    """Settle every example freely."""
+) -> tuple[Free, PhaseInfo]:
+    """Settle every example freely; the info is that of each."""
     prepared = network.prepare(params, spec)
     drives = jax.vmap(lambda x: network.input_drive(spec, prepared, x))(xs)
     found = dynamics.settle_batch(
         spec, phases, False, lambda *drives: Absolute(spec, prepared, drives), drives, keys
     )
-    return Free(prepared, drives, found.state, found.swept, found.info)
+    return Free(prepared, drives, found.state, found.swept), found.info
 
 
 class Answer(NamedTuple):

@@ -147,7 +147,7 @@ def ep_gradient(
     check_nudge(spec, phases, phases.beta, given.xs.dtype)
     batch = len(given.xs)
     points = nudges(phases, batch, given.xs.dtype, given.keys.estimator)
-    free = settle(params, spec, given.xs, phases, given.keys.free)
+    free, told = settle(params, spec, given.xs, phases, given.keys.free)
 
     def pulled(prepared: Prepared, y: jax.Array) -> Callable[[jax.Array], jax.Array]:
         return lambda last: network.cost_gradient(spec, prepared, last, y)
@@ -156,7 +156,7 @@ def ep_gradient(
     weights = jnp.full(batch, -1 / batch, given.xs.dtype)
     gradient = jax.grad(lambda params: found.psi(params, given.xs, weights))(params)
     said = answer(spec, free.prepared, free.state[-1], given.ys)
-    infos = (mean_info(free.info), mean_info(found.info))
+    infos = (mean_info(told), mean_info(found.info))
     return with_readout(spec, gradient, said), GradientInfo(
         said.cost, said.output, *infos, found.limited
     )

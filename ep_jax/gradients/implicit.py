@@ -73,7 +73,7 @@ def implicit_gradient(
     """
     given = check(params, spec, xs, ys, phases, key)
     check_adjoint(tolerance, max_sweeps)
-    free = settle(params, spec, given.xs, phases, given.keys.free)
+    free, told = settle(params, spec, given.xs, phases, given.keys.free)
     gradient_of = jax.vmap(lambda s, y: network.cost_gradient(spec, free.prepared, s, y))
     sources = gradient_of(free.state[-1], given.ys)
     v, info = adjoints(spec, free, sources, tolerance, max_sweeps)
@@ -81,7 +81,7 @@ def implicit_gradient(
     weights = jnp.full(batch, 1 / batch, given.xs.dtype)
     gradient = jax.grad(lambda p: pulled(p, spec, given.xs, free.state, v, weights))(params)
     said = answer(spec, free.prepared, free.state[-1], given.ys)
-    infos = (mean_info(free.info), mean_info(info))
+    infos = (mean_info(told), mean_info(info))
     return with_readout(spec, gradient, said), GradientInfo(said.cost, said.output, *infos)
 
 
