@@ -60,6 +60,11 @@ class EP:
 
     Estimator, coordinates, sweeps and beta are those of the phases. Memory does not grow with the
     number of sweeps. In reverse mode only.
+
+    Example: see `equilibrium`, whose default it is.
+
+        >>> EP()
+        EP()
     """
 
     def settle(
@@ -95,6 +100,13 @@ class BPTT:
     Attributes:
         tracked: differentiate the last so many sweeps only, by default all.
         remat: keep the state of every sqrt(tracked)-th sweep alone and compute the others again.
+
+    Example:
+        >>> spec = NetworkSpec((3,), (ep_jax.Dense(4), ep_jax.Dense(2)), neuron=ep_jax.Rate())
+        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> settled = lambda xs: equilibrium(params, spec, xs, Phases(free=20), derivative=BPTT())
+        >>> jax.jacfwd(settled)(jnp.ones((5, 3))).shape
+        (5, 2, 5, 3)
     """
 
     tracked: int | None = None
@@ -117,6 +129,14 @@ class Implicit:
     Attributes:
         tolerance: see `ep_jax.implicit_gradient`.
         max_sweeps: most sweeps of the adjoint.
+
+    Example:
+        >>> spec = NetworkSpec((3,), (ep_jax.Dense(4), ep_jax.Dense(2)), neuron=ep_jax.Rate())
+        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> def loss(xs):
+        ...     return equilibrium(params, spec, xs, Phases(free=40), derivative=Implicit()).sum()
+        >>> jax.grad(loss)(jnp.ones((5, 3))).shape
+        (5, 3)
     """
 
     tolerance: float | None = None
@@ -258,7 +278,13 @@ def equilibrium(
 
 
 class NotSettledWarning(UserWarning):
-    """An equilibrium is none: its free phase ended far from the fixed point."""
+    """An equilibrium is none: its free phase ended far from the fixed point.
+
+    Example: an error instead, in the tests of a project, say.
+
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", NotSettledWarning)
+    """
 
 
 def _warn_if_far(info: PhaseInfo, sweeps: int) -> None:

@@ -34,7 +34,7 @@ def rate_twin(spec: NetworkSpec) -> NetworkSpec:
     """The rate network whose fixed point the neurons of `spec` encode.
 
     Example:
-        >>> rate_twin(NetworkSpec((3,), (network.Dense(2),))).neuron
+        >>> rate_twin(NetworkSpec((3,), (Dense(2),))).neuron
         Rate(epsilon=1.0, activation='hard_sigmoid', epsilon_power=0.0)
     """
     return dataclasses.replace(spec, neuron=Rate(activation=spec.neuron.activation))
@@ -216,7 +216,7 @@ def gdu(
         ValueError: `phases` has other sweeps or coordinates.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(4), network.Dense(2)), neuron=Rate())
+        >>> spec = NetworkSpec((3,), (Dense(4), Dense(2)), neuron=Rate())
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> phases = Phases(50, 6, 1e-2, sweep="synchronous", coordinates="absolute")
         >>> curves = gdu(params, spec, jnp.ones((5, 3)), jnp.zeros(5, int), phases)
@@ -380,7 +380,7 @@ def spikes_per_neuron(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) ->
         spikes: spikes per neuron of each layer, as in `ep_jax.PhaseInfo`.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(30), network.Dense(10)))
+        >>> spec = NetworkSpec((3,), (Dense(30), Dense(10)))
         >>> spikes_per_neuron(spec, (1.0, 3.0))
         1.5
     """
@@ -394,7 +394,7 @@ def connections(spec: NetworkSpec) -> tuple[int, ...]:
     Connections, counted with those that share a weight. A folded average pool is counted as such.
 
     Example:
-        >>> connections(NetworkSpec((8,), (network.Dense(4), network.Dense(2))))
+        >>> connections(NetworkSpec((8,), (Dense(4), Dense(2))))
         (32, 8)
     """
     within = zip(spec.layers[: spec.depth], spec.shapes, strict=False)
@@ -411,7 +411,7 @@ def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) 
         spikes: spikes per neuron of each layer, as in `ep_jax.PhaseInfo`.
 
     Example:
-        >>> spec = NetworkSpec((8,), (network.Dense(4), network.Dense(2)))
+        >>> spec = NetworkSpec((8,), (Dense(4), Dense(2)))
         >>> synaptic_operations(spec, (1.5, 2.0))  # 8 connections, used in both directions
         28.0
     """
@@ -441,7 +441,7 @@ def spectral_radius(
         iterations: products with the Jacobian.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)), feedback=0.5)
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)), feedback=0.5)
         >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
         >>> state = (jnp.array([0.5]), jnp.array([0.5]))
         >>> round(float(spectral_radius(params, spec, jnp.array([0.25]), state)), 4)  # sqrt(1/2)
@@ -599,7 +599,7 @@ def recurrence(
         phases: the free phase in which the rate twin settles.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(2)), feedback=0.5)
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(2)), feedback=0.5)
         >>> weights = ({"w": jnp.ones((1, 1))}, {"w": jnp.array([[0.5, 0.25]])})
         >>> params = tuple(w | {"b": jnp.zeros(w["w"].shape[1])} for w in weights)
         >>> found = recurrence(params, spec, jnp.array([[0.2], [0.4]]))
@@ -685,7 +685,7 @@ def suggest_phases(
         ValueError: an input has a radius of 1 or more, or does not settle in `max_sweeps` sweeps.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(8), network.Dense(2)), neuron=Rate())
+        >>> spec = NetworkSpec((3,), (Dense(8), Dense(2)), neuron=Rate())
         >>> params = network.init_params(jax.random.key(0), spec, gain=0.5)
         >>> phases = suggest_phases(params, spec, jnp.ones((4, 3)))
         >>> phases.relaxation > 1, phases.sweep, phases.coordinates
@@ -759,7 +759,7 @@ def sweeps_needed(
         tolerance: the largest relative distance from the fixed point.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(8), network.Dense(2)), neuron=Rate())
+        >>> spec = NetworkSpec((3,), (Dense(8), Dense(2)), neuron=Rate())
         >>> params = network.init_params(jax.random.key(0), spec, gain=0.5)
         >>> found = sweeps_needed(params, spec, jnp.ones((4, 3)), Phases(free=50, nudged=50))
         >>> found.free.shape, bool(found.free.max() < 50)

@@ -45,6 +45,21 @@ class Layer:
 
     States are logical arrays of the shape that `output_shape` of the layer below has said, unless
     the layer packs them (`pack`).
+
+    Example:
+        >>> class Shift(ep_jax.Layer):
+        ...     def output_shape(self, below):
+        ...         return below
+        ...     def init(self, key, below, gain, dtype):
+        ...         return {"w": jnp.full(below, gain, dtype)}
+        ...     def drive(self, prepared, s):
+        ...         return prepared["w"] * jnp.roll(s, 1)
+        >>> layer = Shift()
+        >>> params = layer.init(jax.random.key(0), (3,), 2.0, jnp.float32)
+        >>> layer.drive(params, jnp.array([1.0, 2.0, 3.0])).tolist()
+        [6.0, 2.0, 4.0]
+        >>> layer.pull(params, jnp.zeros(3), jnp.array([1.0, 0.0, 0.0])).tolist()
+        [0.0, 0.0, 2.0]
     """
 
     @property

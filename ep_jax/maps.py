@@ -57,6 +57,15 @@ class Pool:
 
     A pool of your own is a frozen dataclass that inherits from this, with `output_shape` and
     ``__call__``.
+
+    Example:
+        >>> class Rows(ep_jax.Pool):
+        ...     def output_shape(self, shape):
+        ...         return (1, *shape[1:])
+        ...     def __call__(self, z):
+        ...         return z.mean(0, keepdims=True)
+        >>> ep_jax.Conv(4, 3, pool=Rows()).output_shape((8, 8, 1))
+        (1, 6, 4)
     """
 
     @property

@@ -48,6 +48,12 @@ class Skip:
         source: number of the layer that it comes from; 0 is the input.
         target: number of the layer that it goes to, from 1; two more than `source` at least.
         layer: the map; its output has the shape of the target's state. It has no bias of its own.
+
+    Example:
+        >>> around = Skip(1, 3, Dense(10))
+        >>> spec = NetworkSpec((8,), (Dense(16), Dense(16), Dense(10)), skips=(around,))
+        >>> [p["w"].shape for p in init_params(jax.random.key(0), spec)]
+        [(8, 16), (16, 16), (16, 10), (16, 10)]
     """
 
     source: int

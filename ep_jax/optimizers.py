@@ -133,7 +133,7 @@ def make_optimizer(
         ValueError, TypeError: naming the argument.
 
     Example:
-        >>> spec = NetworkSpec((8, 8, 1), (network.Conv(4, 3), network.Dense(10)))
+        >>> spec = NetworkSpec((8, 8, 1), (Conv(4, 3), Dense(10)))
         >>> optimizer = make_optimizer(spec, Muon(), learning_rate=0.02, steps=100, cap=0.9)
     """
     check_number("learning_rate", learning_rate, above=0.0)
@@ -312,7 +312,7 @@ def cap_links(spec: NetworkSpec, cap: float, iterations: int = 4) -> optax.Gradi
         A transformation whose state is a `CapState`.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)))
         >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
         >>> capped = cap_links(spec, 0.5)
         >>> updates, state = capped.update(params, capped.init(params), params)
@@ -365,7 +365,7 @@ def shrink_links(spec: NetworkSpec, decay: float) -> optax.GradientTransformatio
         decay: the decay where all images are unsettled.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)))
         >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
         >>> shrinking, still = shrink_links(spec, 2.0), jax.tree.map(jnp.zeros_like, params)
         >>> direction, _ = shrinking.update(still, shrinking.init(params), params, unsettled=0.25)
@@ -399,7 +399,7 @@ def link_norms(params: Params, spec: NetworkSpec, iterations: int = 100) -> jax.
         iterations: drives and adjoints of one example.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(2), network.Dense(2)))
+        >>> spec = NetworkSpec((1,), (Dense(2), Dense(2)))
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> params[1]["w"] = jnp.array([[0.0, 3.0], [0.5, 0.0]])
         >>> link_norms(params, spec).tolist()
@@ -461,7 +461,7 @@ def norms_of(opt_state: optax.OptState) -> CapState | None:
     """The `CapState` in an optimiser's state; ``None`` where nothing is capped.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)))
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> optimizer = make_optimizer(spec, SGD(), learning_rate=0.1, steps=9, cap=0.9)
         >>> norms_of(optimizer.init(params)).norms.shape

@@ -23,7 +23,7 @@ from helpers import (
 )
 
 import ep_jax as ep
-from ep_jax import dynamics
+from ep_jax import relaxation
 from ep_jax import phases as phases_
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -124,7 +124,7 @@ def test_the_opening_leaves_out_zeros_alone(
             lengths.append(len(found))
             return found
 
-        monkeypatch.setattr(dynamics, "plan", patched)
+        monkeypatch.setattr(relaxation, "plan", patched)
         phases = ep.Phases(4, 5, sweep=sweep, coordinates="displacement")
         key = jax.random.key(3)
 

@@ -21,7 +21,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(ep.__path__, "ep_jax.")]
 def test_docstring_examples(name: str) -> None:
     """With the names that ``from ep_jax import *`` gives, jax and jnp."""
     module = importlib.import_module(name)
-    names = vars(module) | vars(ep) | {"ep_jax": ep, "jax": jax, "jnp": jnp}
+    names = vars(ep) | vars(module) | {"ep_jax": ep, "jax": jax, "jnp": jnp}
     assert doctest.testmod(module, globs=names).failed == 0
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 import ep_jax as ep
 from ep_jax import evaluation, plots, run, training
-from ep_jax.data import load, to_float
+from ep_jax.data import from_arrays, load, to_float
 from ep_jax.gradients import GRADIENTS
 from ep_jax.health import DivergedError
 from ep_jax.loop import Training
@@ -96,6 +96,37 @@ def test_the_result_is_what_the_weights_give(finished: Path) -> None:
     longer = dataclasses.replace(phases, free=4 * phases.free)
     answers, _ = training.predict(params, spec, longer, data.test_images)
     assert training.error_rate(answers, data.test_labels) == result["test_error_4x"]
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((28, 20, 1), 26), ((32, 32, 3), 10)])
+def test_a_run_on_ones_own_arrays(shape: tuple[int, ...], classes: int, tmp_path: Path) -> None:
+    """Ten classes, grey or square images built in; a saved network that forgot how to normalise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(12 * classes) % classes
+    prototypes = rng.integers(0, 256, (classes, *shape))
+    images = np.clip(prototypes[labels] + rng.normal(0, 20, (len(labels), *shape)), 0, 255)
+    images = images.astype(np.uint8)
+    unseen = slice(10 * classes, None)
+    data = from_arrays(
+        "own", (images[: unseen.start], labels[: unseen.start]), (images[unseen], labels[unseen]),
+        validation=classes,
+    )  # fmt: skip
+    config = dataclasses.replace(
+        TINY,
+        layers=(ep.Conv(4, 5, ep.AvgPool(3)), ep.Dense(32)),
+        epochs=6,
+        batch=classes,
+        normalization=ep.Normalization(mean=0.5, std=0.25),
+    )
+    seen: list[Any] = []
+    result = train(config, tmp_path / "run", data=data, on_epoch=seen.append)
+    assert [record["val_error"] for record in seen] == result["val_error"]
+    assert result["dataset"] == "own"
+    assert result["test_error"] < 10  # the prototypes are far apart
+    params, spec, phases = ep.load_weights(tmp_path / "run")
+    assert spec.classes == classes
+    answers, _ = training.predict(params, spec, phases, data.test_images)
+    assert training.error_rate(answers, data.test_labels) == result["test_error"]
 
 
 @pytest.mark.parametrize(
@@ -399,12 +430,12 @@ def test_train_script_overrides_a_preset(tmp_path: Path) -> None:
         "train.py",
         *("--preset", "digits", "--seed", "3", "--epochs", "1", "--out", str(tmp_path / "out")),
         *("--channels", "4", "--kernels", "3", "--hidden", "16", "--feedback", "0.2"),
-        *("--phases.free", "6", "--delta-code.decay", "0.5"),
+        *("--phases.free", "6", "--neuron.decay", "0.5"),
     )
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "out" / "result.json").read_text())["config"]
     assert (config["seed"], config["epochs"], config["channels"]) == (3, 1, [4])
-    assert (config["phases"]["free"], config["delta_code"]["decay"]) == (6, 0.5)
+    assert (config["phases"]["free"], config["neuron"]["decay"]) == (6, 0.5)
     assert "loss" in done.stdout
     assert "residual" in done.stdout
 
@@ -425,7 +456,7 @@ BAD_WORDS: list[tuple[list[str], str]] = [
     (["--validation", "998000"], "validation is 998000; expected an integer of at least 0"),
     (["--train-images", "999"], "train_images is 999; expected at most the 998 there are"),
     (["--augmentation.rotate", "200"], "rotate is 200.0; expected a number in [0, 180]"),
-    (["--delta-code.decay", "2"], "DeltaCode.decay is 2.0; expected a finite number in (0, 1]"),
+    (["--neuron.decay", "2"], "DeltaCode.decay is 2.0; expected a finite number in (0, 1]"),
     (["--phases.sweep", "random"], "random"),
     (["--nonsense", "1"], "--nonsense"),
 ]

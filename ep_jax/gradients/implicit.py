@@ -64,7 +64,7 @@ def implicit_gradient(
         ValueError, TypeError: an argument of wrong shape, dtype or value.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(4), network.Dense(2)), neuron=ep_jax.Rate())
+        >>> spec = NetworkSpec((3,), (Dense(4), Dense(2)), neuron=ep_jax.Rate())
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> xs, ys = jnp.ones((5, 3)), jnp.array([0, 1, 1, 0, 1])
         >>> grads, info = implicit_gradient(params, spec, xs, ys, Phases(free=50))
