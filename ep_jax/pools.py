@@ -16,6 +16,9 @@ from ep_jax.maps import Pool, Shape, Unit
 class _Windowed(Pool):
     """A pool over square windows.
 
+    Windows that tile a state have to divide its sides. Of others (``stride`` is not ``size``) those
+    count that fit, as with ``"VALID"`` in ``jax.lax``: what is left over at the end has no window.
+
     Attributes:
         size: side of the window.
         stride: steps from window to window; by default the size, so that windows tile the state.
@@ -38,11 +41,12 @@ class _Windowed(Pool):
     def output_shape(self, shape: Shape) -> Shape:
         """See `Pool`."""
         beyond = [n - self.size for n in shape[:2]]
-        if any(b < 0 or b % self.step for b in beyond):
+        tiles = self.step == self.size
+        if min(beyond) < 0 or (tiles and any(b % self.step for b in beyond)):
+            wanted = f"multiples of {self.size}" if tiles else f"sides of at least {self.size}"
             raise ValueError(
-                f"{self} does not divide a convolution's output of {shape[0]}x{shape[1]}; expected "
-                f"sides of {self.size} and any number of steps of {self.step}: change kernel, "
-                "padding or the input's shape"
+                f"{self} does not fit a convolution's output of {shape[0]}x{shape[1]}; expected "
+                f"{wanted}: change kernel, padding or the input's shape"
             )
         return (*(b // self.step + 1 for b in beyond), shape[2])
 
@@ -84,7 +88,7 @@ class MaxPool(_Windowed):
     """The largest unit of each window, which alone hears what comes from above; equals share.
 
     Example:
-        >>> MaxPool(3, stride=2).output_shape((13, 9, 8))
+        >>> MaxPool(3, stride=2).output_shape((13, 10, 8))
         (6, 4, 8)
     """
 

@@ -61,24 +61,37 @@ def affine(layer: ep.Conv | ep.Dense, p: Tree, below: jax.Array) -> jax.Array:
     if isinstance(layer, ep.Dense):
         return below.reshape(-1) @ p["w"] + bias
     out = jax.lax.conv_general_dilated(
-        below[None], p["w"], (1, 1), layer.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        below[None],
+        p["w"],
+        (layer.stride,) * 2,
+        layer.padding,
+        rhs_dilation=(layer.dilation,) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=layer.groups,
     )
     out = out[0] + jnp.broadcast_to(bias, out[0].shape)
-    window = {"window_dimensions": (2, 2, 1), "window_strides": (2, 2, 1), "padding": "VALID"}
-    if layer.pool == "avg":
-        return jax.lax.reduce_window(out, np.zeros((), out.dtype)[()], jax.lax.add, **window) / 4
-    if layer.pool == "max":
+    pool = {"avg": ep.AvgPool(), "max": ep.MaxPool()}.get(layer.pool, layer.pool)
+    if pool is None:
+        return out
+    if isinstance(pool, ep.GlobalAvgPool):
+        return out.mean((0, 1), keepdims=True)
+    size, step = (pool.size,) * 2, (pool.stride or pool.size,) * 2
+    window = {"window_dimensions": (*size, 1), "window_strides": (*step, 1), "padding": "VALID"}
+    if isinstance(pool, ep.MaxPool):
         return jax.lax.reduce_window(out, -jnp.inf, jax.lax.max, **window)
-    return out
+    total = jax.lax.reduce_window(out, np.zeros((), out.dtype)[()], jax.lax.add, **window)
+    return total / pool.size**2
 
 
 def reference_phi(params: Tree, spec: ep.NetworkSpec, x: jax.Array, state: Tree) -> jax.Array:
-    """``sum_l alpha^(l - L) <A_l(s_{l-1}), s_l>`` over the layers inside the dynamics."""
-    L = len(state)
-    below = (x, *state[:-1])
+    """``sum alpha^(m - L) <A(s_l), s_m>`` over the layers inside the dynamics, and the skips."""
+    L, states = len(state), (x, *state)
+    edges = [(l, l + 1, spec.layers[l]) for l in range(L)]
+    edges += [(skip.source, skip.target, skip.layer) for skip in spec.skips]
+    own = (*params[:L], *params[len(spec.layers) :])
     terms = [
-        spec.feedback ** (l + 1 - L) * jnp.sum(affine(spec.layers[l], params[l], below[l]) * s)
-        for l, s in enumerate(state)
+        spec.feedback ** (m - L) * jnp.sum(affine(layer, p, states[l]) * states[m])
+        for (l, m, layer), p in zip(edges, own, strict=True)
     ]
     return sum(terms[1:], terms[0])
 

@@ -45,6 +45,8 @@ def gradient(rule: ep.Derivative) -> tuple[Any, jax.Array]:
     return nnx.to_pure_dict(grads), infos[0].residual
 
 
+# flax keeps the running averages of batch norm in float32.
+@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")
 def test_three_rules_agree_on_blocks() -> None:
     """A rule that loses a block's cotangent on its way down, through batch norm and block below."""
     with jax.enable_x64(True):

@@ -23,8 +23,8 @@ from helpers import (
 )
 
 import ep_jax as ep
-from ep_jax import relaxation
 from ep_jax import phases as phases_
+from ep_jax import relaxation
 
 pytestmark = pytest.mark.usefixtures("x64")
 
