@@ -43,6 +43,25 @@ ALIKE = PRESET.phases.without_stragglers()
 
 Gradient = Callable[..., Any]
 
+
+def derived(
+    params: ep.Params,
+    spec: ep.NetworkSpec,
+    xs: jax.Array,
+    ys: jax.Array,
+    phases: ep.Phases,
+    key: jax.Array | None = None,
+) -> tuple[ep.Params, ep.PhaseInfo]:
+    """`ep_jax.ep_gradient` by `jax.grad` through `ep_jax.equilibrium`, the cost being a loss."""
+
+    def cost(params: ep.Params) -> tuple[jax.Array, ep.PhaseInfo]:
+        output, info = ep.equilibrium(params, spec, xs, phases, key, info=True)
+        targets = jax.nn.one_hot(ys, spec.classes, dtype=output.dtype)
+        return jnp.sum((output - targets) ** 2) / (2 * len(xs)), info
+
+    return jax.grad(cost, has_aux=True)(params)
+
+
 truncated = functools.partial(ep.bptt_gradient, tracked=10)
 rematerialised = functools.partial(ep.bptt_gradient, remat=True)
 

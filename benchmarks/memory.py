@@ -23,6 +23,7 @@ from measure import (
     PRESET,
     Gradient,
     compiled,
+    derived,
     device_peak,
     jitted,
     label_sizes,
@@ -42,9 +43,11 @@ from ep_jax.provenance import provenance
 
 MIB = 2**20
 
+RULE = "EP, one-sided, displacement, as a derivative rule"
 STRAGGLING = ("stragglers", "free_more", "nudged_more")
 EP: dict[str, dict[str, Any]] = {
     "EP, one-sided, displacement": {"estimator": "one_sided", "coordinates": "displacement"},
+    RULE: {"estimator": "one_sided", "coordinates": "displacement"},
     "EP, random sign, displacement": {"estimator": "random_sign", "coordinates": "displacement"},
     "EP, symmetric, displacement": {"estimator": "symmetric", "coordinates": "displacement"},
     "EP, one-sided, displacement, stragglers": {
@@ -107,7 +110,7 @@ def measure(method: str, neuron: str, point: dict[str, Any]) -> dict[str, Any]:
     phases = ep.Phases(
         free=point["sweeps"], nudged=point["sweeps"], sweep="ordered", **EP.get(method, {})
     )
-    gradient = REVERSE.get(method, ep.ep_gradient)
+    gradient = (REVERSE | {RULE: derived}).get(method, ep.ep_gradient)
     batch = point["batch"]
     params = jax.eval_shape(lambda: ep.init_params(jax.random.key(0), spec))
     xs = jax.ShapeDtypeStruct((batch, *spec.input_shape), jnp.float32)
@@ -164,6 +167,11 @@ def claims(rows: list[dict[str, Any]]) -> dict[str, float]:
             name = f"{r['method']}, {r['neuron']}: temporary / lower bound"
             found[name] = max(found.get(name, 0.0), r["temporary"] / r["lower_bound"])
     for neuron in NEURONS:
+        if rule := of(RULE, neuron):
+            plain = of(MAIN[0], neuron)
+            found[f"derivative rule / ep_gradient, {neuron}"] = max(
+                rule[sweeps] / plain[sweeps] for sweeps in rule
+            )
         for method in EP:
             if sizes := of(method, neuron).values():
                 found[f"{method}, {neuron}: largest / smallest over sweeps"] = max(sizes) / min(
