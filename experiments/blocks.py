@@ -70,7 +70,7 @@ class Settings:
     """Images in a step."""
     train_images: int | None = None
     """Learn from the first so many training images only."""
-    learning_rate: float = 0.01
+    learning_rate: float = 0.005
     """Peak rate of Muon; it decays to 0 along a cosine."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices."""
