@@ -25,8 +25,9 @@ demo: $(RUNTIME) ## train a small network on the digits, from scratch
 	rm -rf runs/demo
 	$(BIN)/python experiments/train.py --preset digits --out runs/demo
 
+# Most of their time is compilation, which this halves. The slow ones run fully optimised programs.
 test: $(DEV) ## run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 test-slow: $(DEV) ## run the tests that take longest
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 
 import ep_jax as ep
 from ep_jax import network
-from ep_jax.costs import cost, read_out, targets
-from ep_jax.dynamics import activation_of
 
 
 def feedforward_gradient(
@@ -24,19 +22,16 @@ def feedforward_gradient(
 ) -> tuple[ep.Params, ep.GradientInfo]:
     """The gradient of the batch-mean cost, with the signature of the library's gradients."""
     del phases, key
-    wanted = targets(spec, ys, xs.dtype, (len(xs),))
+    wanted = network.targets(spec, ys, xs.dtype, (len(xs),))
 
     def mean_cost(params: ep.Params) -> tuple[jax.Array, jax.Array]:
-        links = network.link(params, spec)
+        prepared = network.prepare(params, spec)
 
         def one(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-            def unit(l: int, drive: jax.Array) -> jax.Array:
-                return activation_of(spec, l).apply(drive + links.biases[l])
-
-            s = unit(0, network.input_drive(spec, links, x))
-            for l in range(1, spec.depth):
-                s = unit(l, network.drive(spec, links, l, s))
-            return cost(spec, links, s, y), read_out(links, s)
+            drives = network.input_drive(spec, prepared, x)
+            last = network.pass_from_below(spec, prepared, drives)[-1]
+            cost = network.cost_of(spec, prepared, last, y)
+            return cost, network.read_out(spec, prepared, last)
 
         costs, output = jax.vmap(one)(xs, wanted)
         return jnp.mean(costs), output

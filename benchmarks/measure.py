@@ -18,10 +18,10 @@ from matplotlib.ticker import NullLocator
 
 import ep_jax as ep
 from ep_jax import phases as phases_
+from ep_jax.devices import placements
 from ep_jax.diagnostics import connections
-from ep_jax.gradients.equilibrium import nudges
+from ep_jax.gradients.ep import nudges
 from ep_jax.presets import PRESETS, spec_of
-from ep_jax.run import placements
 
 SHAPE = (28, 28, 1)
 LAYERS = (ep.Conv(32, 5), ep.Conv(64, 5), ep.Dense(128), ep.Dense(10))
@@ -42,6 +42,25 @@ ALIKE = PRESET.phases.without_stragglers()
 """The preset's phases, with as many sweeps for all: BPTT knows no stragglers."""
 
 Gradient = Callable[..., Any]
+
+
+def derived(
+    params: ep.Params,
+    spec: ep.NetworkSpec,
+    xs: jax.Array,
+    ys: jax.Array,
+    phases: ep.Phases,
+    key: jax.Array | None = None,
+) -> tuple[ep.Params, ep.PhaseInfo]:
+    """`ep_jax.ep_gradient` by `jax.grad` through `ep_jax.equilibrium`, the cost being a loss."""
+
+    def cost(params: ep.Params) -> tuple[jax.Array, ep.PhaseInfo]:
+        output, info = ep.equilibrium(params, spec, xs, phases, key, info=True)
+        targets = jax.nn.one_hot(ys, spec.classes, dtype=output.dtype)
+        return jnp.sum((output - targets) ** 2) / (2 * len(xs)), info
+
+    return jax.grad(cost, has_aux=True)(params)
+
 
 truncated = functools.partial(ep.bptt_gradient, tracked=10)
 rematerialised = functools.partial(ep.bptt_gradient, remat=True)
@@ -217,14 +236,14 @@ def phase_operations(
     spec: ep.NetworkSpec, phases: ep.Phases, *, nudged: bool = False, sweeps: int | None = None
 ) -> int:
     """Operations of a phase of one example; products with what is known to be zero are not made."""
-    cost = products(spec)
+    cost = [2 * e.layer.connections(spec.shapes[e.source + 1]) for e in spec.edges]
     sweeps = (phases.nudged if nudged else phases.free) if sweeps is None else sweeps
     from_zero = not nudged or phases.coordinates == "displacement"
     plan = phases_.plan(spec, phases, nudged, from_zero)
     total = 0
     for i in range(sweeps):
-        for l, below, above in plan[min(i, len(plan) - 1)]:
-            total += below * cost[l] + (above * cost[l + 1] if above else 0)
+        for turn in plan[min(i, len(plan) - 1)]:
+            total += sum(cost[edge.number] for edge in (*turn.below, *turn.above))
     return total
 
 

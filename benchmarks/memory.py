@@ -23,6 +23,7 @@ from measure import (
     PRESET,
     Gradient,
     compiled,
+    derived,
     device_peak,
     jitted,
     label_sizes,
@@ -37,14 +38,16 @@ from rich.progress import track
 from rich.table import Table
 
 import ep_jax as ep
-from ep_jax.checkpoint import write_json
-from ep_jax.run import provenance
+from ep_jax.files import write_json
+from ep_jax.provenance import provenance
 
 MIB = 2**20
 
+RULE = "EP, one-sided, displacement, as a derivative rule"
 STRAGGLING = ("stragglers", "free_more", "nudged_more")
 EP: dict[str, dict[str, Any]] = {
     "EP, one-sided, displacement": {"estimator": "one_sided", "coordinates": "displacement"},
+    RULE: {"estimator": "one_sided", "coordinates": "displacement"},
     "EP, random sign, displacement": {"estimator": "random_sign", "coordinates": "displacement"},
     "EP, symmetric, displacement": {"estimator": "symmetric", "coordinates": "displacement"},
     "EP, one-sided, displacement, stragglers": {
@@ -68,7 +71,7 @@ MAIN = ("EP, one-sided, displacement", "EP, symmetric", *REVERSE)
 
 NEURONS: dict[str, ep.Neuron] = {
     "rate": ep.Rate(),
-    "spiking": PRESET.delta_code,
+    "spiking": PRESET.neuron,
 }
 
 
@@ -107,7 +110,7 @@ def measure(method: str, neuron: str, point: dict[str, Any]) -> dict[str, Any]:
     phases = ep.Phases(
         free=point["sweeps"], nudged=point["sweeps"], sweep="ordered", **EP.get(method, {})
     )
-    gradient = REVERSE.get(method, ep.ep_gradient)
+    gradient = (REVERSE | {RULE: derived}).get(method, ep.ep_gradient)
     batch = point["batch"]
     params = jax.eval_shape(lambda: ep.init_params(jax.random.key(0), spec))
     xs = jax.ShapeDtypeStruct((batch, *spec.input_shape), jnp.float32)
@@ -164,6 +167,11 @@ def claims(rows: list[dict[str, Any]]) -> dict[str, float]:
             name = f"{r['method']}, {r['neuron']}: temporary / lower bound"
             found[name] = max(found.get(name, 0.0), r["temporary"] / r["lower_bound"])
     for neuron in NEURONS:
+        if rule := of(RULE, neuron):
+            plain = of(MAIN[0], neuron)
+            found[f"derivative rule / ep_gradient, {neuron}"] = max(
+                rule[sweeps] / plain[sweeps] for sweeps in rule
+            )
         for method in EP:
             if sizes := of(method, neuron).values():
                 found[f"{method}, {neuron}: largest / smallest over sweeps"] = max(sizes) / min(

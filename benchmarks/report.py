@@ -23,8 +23,8 @@ import time_to_accuracy
 import tyro
 from rich.console import Console
 
-from ep_jax.checkpoint import write_atomically
-from ep_jax.run import divide_cpu
+from ep_jax.devices import divide_cpu
+from ep_jax.files import write_atomically
 
 
 @dataclass(frozen=True)

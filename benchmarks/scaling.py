@@ -37,12 +37,12 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics
-from ep_jax.checkpoint import write_json
-from ep_jax.run import provenance
+from ep_jax.files import write_json
+from ep_jax.provenance import provenance
 
 METHODS: dict[str, tuple[Gradient, ep.Neuron]] = {
     "EP, rate": (ep.ep_gradient, ep.Rate()),
-    "EP, spiking": (ep.ep_gradient, PRESET.delta_code),
+    "EP, spiking": (ep.ep_gradient, PRESET.neuron),
     "BPTT, rate": (ep.bptt_gradient, ep.Rate()),
 }
 AXES = {"sweeps": "free", "batch": "batch", "width": "width", "depth": "convolutions"}

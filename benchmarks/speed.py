@@ -43,6 +43,7 @@ from measure import (
     Timing,
     bptt_operations,
     compiled,
+    derived,
     divided,
     ep_operations,
     feedforward_operations,
@@ -60,9 +61,11 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import training
-from ep_jax.checkpoint import write_json
+from ep_jax.devices import divide_cpu, placements
+from ep_jax.files import write_json
+from ep_jax.loop import optimizer_of
 from ep_jax.presets import PRESETS, Config, spec_of
-from ep_jax.run import divide_cpu, optimizer_of, placements, provenance
+from ep_jax.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ def gradients(batch: int, quick: bool) -> dict[str, Case]:
         "BPTT, 10 tracked": Case(truncated, RATE, TEXTBOOK, tracked),
         "delta code EP (preset mnist)": Case(
             ep.ep_gradient, SPIKING, code, ep_operations(SPIKING, code, batch)
+        ),
+        "delta code EP (preset mnist), as a derivative rule": Case(
+            derived, SPIKING, code, ep_operations(SPIKING, code, batch)
         ),
     }
     if quick:
@@ -307,11 +313,13 @@ def ratios(rows: dict[str, Any]) -> dict[str, float | None]:
 
     alone = {name: ratio(f"{OF_A_STEP}: {name}", f"{OF_A_STEP}: {BACKPROP}") for name in EP_PRESETS}
     code = "training step: delta code EP (preset mnist)"
+    rule = "gradient: delta code EP (preset mnist)"
     return {
         "PyTorch EP / EP": ratio("gradient: PyTorch, EP", "gradient: EP"),
         "BPTT / PyTorch BPTT, 10 tracked": ratio(
             "gradient: BPTT, 10 tracked", "gradient: PyTorch, BPTT, 10 tracked"
         ),
+        "derivative rule / ep_gradient": ratio(f"{rule}, as a derivative rule", rule),
         "not folded / folded": ratio("gradient: EP, pool not folded", "gradient: EP"),
         **{f"{name} / backprop": value for name, value in alone.items()},
         "optimiser (Muon) / training step (preset mnist)": ratio("optimiser: Muon", code),

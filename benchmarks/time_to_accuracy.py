@@ -27,11 +27,13 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import training
-from ep_jax.checkpoint import write_json
 from ep_jax.data import Dataset, load
+from ep_jax.devices import divide_cpu, placements
 from ep_jax.diagnostics import spikes_per_neuron
+from ep_jax.files import write_json
+from ep_jax.loop import optimizer_of
 from ep_jax.presets import PRESETS, Config, spec_of
-from ep_jax.run import divide_cpu, optimizer_of, placements, provenance
+from ep_jax.provenance import provenance
 from ep_jax.training import Augmentation
 
 TARGETS = {"mnist": 1.0, "fashion_mnist": 9.0}

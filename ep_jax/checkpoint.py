@@ -1,124 +1,60 @@
 """Weights anyone can load, and checkpoints from which a training resumes.
 
-A weights folder holds ``weights.npz``, one array per parameter (``layer1.w``, ``layer1.b``, ...
-from the input up), and ``network.json``, the specification and phases they were trained with.
+A weights folder holds ``weights.npz``: one array per parameter (``layer1.w``, ``layer1.b``, ...
+from the input up, ``skip1.w``, ...), and the specification and phases that they were trained with,
+as JSON. All of it is one file, so that it is there whole or not at all. (Earlier versions kept the
+JSON beside it, in ``network.json``.)
+
+A neuron, layer, pool or cost of your own is kept by its import path (``package.module:Name``), and
+imported when the weights are loaded: load those of people whom you trust.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ep_jax.layers import Conv, Dense
-from ep_jax.network import NetworkSpec, Params, check_params
-from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Rate, SigmaDelta
+from ep_jax.descriptions import from_json, to_json
+from ep_jax.files import make_folder, replacing
+from ep_jax.network import NetworkSpec, Params, check_params, parameters_of
 from ep_jax.phases import Phases
 from ep_jax.training import TrainState
 
-WEIGHTS_FORMAT = 2
-"""Version of the weights folders that are written.
+WEIGHTS_FORMAT = 3
+"""Version of the weights that are written.
 
-Format 1 is read as well. It knows no over-relaxation, tolerance, stragglers and limit of `Phases`,
-whose defaults are to have none, and a `DeltaCode` with a schedule alone, all of whose numbers it
-holds.
+Formats 1 and 2 are read as well; their specification is in ``network.json``. Format 2 knows
+no skips and no stride, dilation and groups of `Conv`, whose defaults are to have none. Format 1
+knows no over-relaxation, tolerance, stragglers and limit of `Phases` either, and a `DeltaCode` with
+a schedule alone, all of whose numbers it holds.
 """
 CHECKPOINT_FORMAT = 2
 """Version of the checkpoints that are written; another one is refused."""
 
-_RECORDS = {
-    record.__name__: record
-    for record in (
-        *(NetworkSpec, Conv, Dense, Phases),
-        *(Rate, SigmaDelta, DeltaCode, Bernoulli, IntegrateFire),
-    )
-}
 
-
-def to_json(value: Any) -> Any:
-    """A specification as JSON: a record becomes an object with its type's name under ``"type"``."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, list | tuple):
-        return [to_json(v) for v in value]
-    return value
-
-
-def from_json(value: Any) -> Any:
-    """The inverse of `to_json`, for the library's own records.
-
-    Raises:
-        ValueError: an unknown record or field, or a value the record refuses.
-    """
-    if isinstance(value, list):
-        return tuple(from_json(v) for v in value)
-    if not isinstance(value, dict):
-        return value
-    kind = value.get("type")
-    if kind not in _RECORDS:
-        raise ValueError(f"type is {kind!r}; expected one of {', '.join(_RECORDS)}")
-    try:
-        return _RECORDS[kind](**{k: from_json(v) for k, v in value.items() if k != "type"})
-    except TypeError as error:
-        raise ValueError(f"{kind}: {error}") from error
-
-
-def make_folder(name: str, path: Path) -> None:
-    """Make the folder that the argument `name` asks for, where it is not there yet."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"{name} is {str(path)!r}, which cannot be made: {error.strerror}; expected a folder "
-            "that is there, or in a place that may be written to"
-        ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    with _replacing(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once it is written and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            f"{path} cannot be written: {error.strerror or error}; expected a folder with room "
-            "that may be written to. What was there is as it was"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinity are refused."""
-    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+DESCRIPTION = "network"
+"""Name of the array that holds the specification."""
 
 
 def save_weights(
     folder: str | os.PathLike[str], params: Params, spec: NetworkSpec, phases: Phases
 ) -> None:
-    """Write ``weights.npz`` and ``network.json`` into `folder`, for `load_weights`.
+    """Write ``weights.npz`` into `folder`, for `load_weights`.
+
+    Raises:
+        ValueError, TypeError: the parameters are not those of `spec`, or `spec` holds something
+            that could not be imported again.
+        OSError: a file cannot be written. What was there is as it was.
 
     Example:
         >>> save_weights("my_network", params, spec, phases)  # doctest: +SKIP
@@ -126,55 +62,77 @@ def save_weights(
     """
     check_params(spec, params)
     folder = Path(folder)
+    described = {"format": WEIGHTS_FORMAT, "spec": to_json(spec), "phases": to_json(phases)}
     make_folder("folder", folder)
     arrays: dict[str, Any] = {
-        f"layer{i}.{name}": np.asarray(value)
-        for i, layer in enumerate(params, start=1)
-        for name, value in layer.items()
+        f"{owner}.{name}": np.asarray(value)
+        for owner, p in zip(_owners(spec), params, strict=True)
+        for name, value in p.items()
     }
-    with _replacing(folder / "weights.npz") as file:
+    arrays[DESCRIPTION] = np.array(json.dumps(described))
+    with replacing(folder / "weights.npz") as file:
         np.savez(file, **arrays)
-    write_json(
-        folder / "network.json",
-        {"format": WEIGHTS_FORMAT, "spec": to_json(spec), "phases": to_json(phases)},
-    )
+    (folder / "network.json").unlink(missing_ok=True)  # of an earlier version: it is of no use now
+
+
+def _owners(spec: NetworkSpec) -> list[str]:
+    """Names of what has parameters."""
+    layers = [f"layer{i}" for i in range(1, len(spec.layers) + 1)]
+    return layers + [f"skip{i}" for i in range(1, len(spec.skips) + 1)]
 
 
 def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, Phases]:
     """Load what a training wrote, or shipped weights.
 
     Args:
-        folder: a folder with ``weights.npz`` and ``network.json``.
+        folder: a folder with ``weights.npz`` (and ``network.json``, from versions that kept the
+            specification there).
 
     Returns:
         Parameters, network and phases.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is unreadable, from a newer version, or does not fit the other one.
+        ValueError: a file is unreadable, from a newer version, or does not fit the other one; or
+            a type of the network cannot be imported.
     """
     folder = Path(folder)
-    for name in ("network.json", "weights.npz"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"folder is {str(folder)!r}, which holds no {name}; expected a "
-                                    "folder that experiments/train.py wrote")  # fmt: skip
-    with _explained(folder / "network.json", "the specification of a network"):
-        record = json.loads((folder / "network.json").read_text())
-        _check_format(record, 1, WEIGHTS_FORMAT)
+    weights, description = folder / "weights.npz", folder / "network.json"
+    if not weights.is_file():
+        raise _missing(folder, weights.name)
+    with (
+        _explained(weights, "the weights of a network"),
+        weights.open("rb") as file,
+        np.load(file) as found,
+    ):
+        arrays = dict(found)
+    record = arrays.pop(DESCRIPTION, None)
+    if record is None and not description.is_file():
+        raise _missing(folder, description.name)
+    with _explained(
+        weights if record is not None else description, "the specification of a network"
+    ):
+        record = json.loads(description.read_text() if record is None else str(record))
+        _check_format(record, 1, 2, WEIGHTS_FORMAT)
         spec, phases = from_json(record["spec"]), from_json(record["phases"])
         if not isinstance(spec, NetworkSpec) or not isinstance(phases, Phases):
             raise ValueError("no NetworkSpec and Phases")
-    with _explained(folder / "weights.npz", f"the weights of {len(spec.layers)} layers"):
-        with (folder / "weights.npz").open("rb") as file, np.load(file) as arrays:
-            names = {f"layer{i}.{n}" for i in range(1, len(spec.layers) + 1) for n in "wb"}
-            if set(arrays.files) != names:
-                raise ValueError(f"arrays {sorted(arrays.files)}; expected {sorted(names)}")
-            params = tuple(
-                {name: jnp.asarray(arrays[f"layer{i}.{name}"]) for name in "wb"}
-                for i in range(1, len(spec.layers) + 1)
-            )
+    with _explained(weights, f"the weights of {len(spec.layers)} layers"):
+        owners, wanted = _owners(spec), parameters_of(spec)
+        names = {f"{owner}.{n}" for owner, p in zip(owners, wanted, strict=True) for n in p}
+        if arrays.keys() != names:
+            raise ValueError(f"arrays {sorted(arrays)}; expected {sorted(names)}")
+        params = tuple(
+            {name: jnp.asarray(arrays[f"{owner}.{name}"]) for name in p}
+            for owner, p in zip(owners, wanted, strict=True)
+        )
         check_params(spec, params)
     return params, spec, phases
+
+
+def _missing(folder: Path, name: str) -> FileNotFoundError:
+    return FileNotFoundError(f"folder is {str(folder)!r}, which holds no {name}; expected a "
+                             "folder that experiments/train.py wrote")  # fmt: skip
 
 
 @contextlib.contextmanager

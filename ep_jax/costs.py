@@ -1,68 +1,47 @@
-"""Cost functions ``C(s_L, y)``, their targets, and the prediction they read.
+"""Costs: functions of what a network answers and of its target.
 
-Squared error ``C = 1/2 |s_L - y|^2`` reads the last layer of the dynamics. Cross-entropy
-``C = CE(softmax(W s_L + b), y)`` has a read-out ``W, b`` outside the dynamics (Laborieux et al.,
-Frontiers in Neuroscience 2021), so that ``s_L`` is the last hidden layer.
+A cost of your own is a plain function ``cost(output, target)`` of one example that returns a
+scalar, or a frozen dataclass that can be called like one. Its gradient is `jax.grad`'s. It has to
+be hashable, since it is static under ``jit``, and importable, where a network is saved.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from ep_jax.checks import check_float_array, known
-from ep_jax.network import Links, NetworkSpec
+Cost: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""``(output, target) -> scalar``, of one example."""
 
 
-def read_out(links: Links, last: jax.Array) -> jax.Array:
-    """What the network answers: the output layer, or the logits, ``[classes]``; argmax decides."""
-    if links.readout is None:
-        return last
-    return last.reshape(-1) @ links.readout["w"] + links.readout["b"]
+@dataclass(frozen=True)
+class SquaredError:
+    """``1/2 |output - target|^2``: with it the output layer is part of the dynamics, and linear."""
+
+    def __call__(self, output: jax.Array, target: jax.Array) -> jax.Array:
+        """The cost of one example."""
+        return 0.5 * jnp.sum((output - target) ** 2)
 
 
-def cost(spec: NetworkSpec, links: Links, last: jax.Array, y: jax.Array) -> jax.Array:
-    """``C(s_L, y)`` of one example, a scalar; `y` is one-hot."""
-    answer = read_out(links, last)
-    if spec.cost == "cross_entropy":
-        return optax.softmax_cross_entropy(answer, y)
-    return 0.5 * jnp.sum((answer - y) ** 2)
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of the soft-max of the logits ``output`` with a target distribution."""
+
+    def __call__(self, output: jax.Array, target: jax.Array) -> jax.Array:
+        """The cost of one example; complex logits are those of a holomorphic nudge."""
+        shifted = output - jax.lax.stop_gradient(output.real.max())
+        return jnp.sum(target) * jnp.log(jnp.sum(jnp.exp(shifted))) - jnp.sum(target * shifted)
 
 
-def cost_gradient(links: Links, last: jax.Array, y: jax.Array) -> jax.Array:
-    """``dC/ds_L``: minus beta times this is the nudge on the last layer of the dynamics."""
-    answer = read_out(links, last)
-    if links.readout is None:
-        return answer - y
-    return (links.readout["w"] @ (jax.nn.softmax(answer) - y)).reshape(last.shape)
+COSTS: dict[str, Cost] = {"squared_error": SquaredError(), "cross_entropy": CrossEntropy()}
+"""Costs that have names. With ``cross_entropy`` a network has a read-out unless it says not."""
 
 
-def targets(spec: NetworkSpec, y: Any, dtype: jnp.dtype, batch: tuple[int, ...] = ()) -> jax.Array:
-    """Targets ``[*batch, classes]`` from one-hot (or soft) targets or integer labels ``[*batch]``.
-
-    Raises:
-        ValueError, TypeError: wrong shape, or a label outside ``0 .. classes - 1``.
-    """
-    name = "ys" if batch else "y"
-    y = np.asarray(y) if isinstance(y, int | list | tuple) else y
-    if not hasattr(y, "dtype"):
-        raise TypeError(f"{name} is {type(y).__name__}; expected integer labels or one-hot targets")
-    if tuple(y.shape) == (*batch, spec.classes):
-        y = jnp.asarray(y, dtype)
-        check_float_array(name, y, y.shape)
-        return y
-    if tuple(y.shape) != batch or not jnp.issubdtype(y.dtype, jnp.integer):
-        raise ValueError(
-            f"{name} has shape {tuple(y.shape)} and dtype {y.dtype}; expected integer labels of "
-            f"shape {batch} or floating-point one-hot targets of shape {(*batch, spec.classes)}"
-        )
-    if known(y):
-        wrong = np.asarray(y)[(np.asarray(y) < 0) | (np.asarray(y) >= spec.classes)]
-        if wrong.size:
-            raise ValueError(f"{name} holds the label {wrong.flat[0]}; expected labels in "
-                             f"0 .. {spec.classes - 1}")  # fmt: skip
-    return jax.nn.one_hot(y, spec.classes, dtype=dtype)
+def gradient(cost: Cost, output: jax.Array, target: jax.Array) -> jax.Array:
+    """``dC / d output``; of a complex output the complex derivative."""
+    holomorphic = jnp.iscomplexobj(output)
+    return jax.grad(lambda o: cost(o, target), holomorphic=holomorphic)(output)

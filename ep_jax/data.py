@@ -1,9 +1,8 @@
-"""Image data as NumPy arrays: scikit-learn's digits, MNIST and Fashion-MNIST.
+"""Image data as NumPy arrays: scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR-10, or your own.
 
 `load` returns a `Dataset` of uint8 images and int32 labels in three fixed parts: training,
-validation and test. Nothing is ever downloaded. MNIST and Fashion-MNIST are read from what
-TensorFlow Datasets has prepared (without importing TensorFlow) or from the four IDX files in which
-they were published; both give the same arrays in the same order.
+validation and test; `from_arrays` makes one of your own arrays. Nothing is ever downloaded.
+`ep_jax.sources` reads what TensorFlow Datasets has prepared, or the files that were published.
 
     >>> from ep_jax.data import load, to_float
     >>> digits = load("digits")
@@ -15,38 +14,24 @@ they were published; both give the same arrays in the same order.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import math
 import os
 import tempfile
 import warnings
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from ep_jax.checks import check_choice
+from ep_jax.checks import check_choice, check_integer, known
+from ep_jax.sources import LAYOUTS, Given, Source, find
 
-DATASETS = ("digits", "mnist", "fashion_mnist")
+DATASETS = ("digits", *LAYOUTS)
 """The names that `load` knows."""
 
-_CLASSES = 10
-_VALIDATION = {"digits": 200, "mnist": 5_000, "fashion_mnist": 5_000}
+_DIGITS_CLASSES = 10
 _DIGITS_TEST = 599  # a third of the 1,797
-
-_IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-
-# TFDS shuffles what it prepares, and promises the same order within a major version only.
-_TFDS_VERSIONS = "3.*"
 
 # Part of every cache key: a change of what is cached must change it.
 _CACHE_LAYOUT = 1
@@ -58,17 +43,20 @@ _Images = TypeVar("_Images", np.ndarray, jax.Array)
 
 
 class Dataset(NamedTuple):
-    """Labelled images in three disjoint parts. N differs between the parts; H, W and C do not.
+    """Labelled examples in three disjoint parts. N differs between the parts; H, W and C do not.
+
+    Your own arrays are one of these, by `from_arrays` or as it stands: images of any shape, vectors
+    ``[N, features]`` as well, uint8 (which a network sees in [0, 1]) or floating point (as it is).
 
     Attributes:
-        name: the name it was loaded by, one of `DATASETS`.
+        name: the name it was loaded by, one of `DATASETS`, or one of your own.
         classes: number of classes; every label is in ``0 .. classes - 1``.
-        train_images: uint8 ``[N, H, W, C]``, without the validation images, in their given order.
-        train_labels: int32 ``[N]``.
-        validation_images: uint8 ``[N, H, W, C]``, held out of the given training images.
-        validation_labels: int32 ``[N]``.
-        test_images: uint8 ``[N, H, W, C]``, in their given order.
-        test_labels: int32 ``[N]``.
+        train_images: ``[N, H, W, C]``, without the validation images, in their given order.
+        train_labels: integers ``[N]``.
+        validation_images: ``[N, H, W, C]``, held out of the given training images; may be empty.
+        validation_labels: integers ``[N]``.
+        test_images: ``[N, H, W, C]``, in their given order.
+        test_labels: integers ``[N]``.
     """
 
     name: str
@@ -81,23 +69,6 @@ class Dataset(NamedTuple):
     test_labels: np.ndarray
 
 
-class _Given(NamedTuple):
-    """The data as published: the validation set not yet held out."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-
-class _Source(NamedTuple):
-    """Where data was found: a folder prepared by TFDS, or one with the files of `_IDX_FILES`."""
-
-    folder: Path
-    files: tuple[Path, ...]
-    prepared: bool
-
-
 def load(
     name: str,
     *,
@@ -108,21 +79,25 @@ def load(
     """Loads a dataset by name.
 
     The split depends on the data and on `validation` alone, so all runs share it; each part has the
-    classes in the proportions of the whole. A smaller validation set is a subset of a larger one.
+    classes in the proportions of the whole (of ``"cifar10"``, whose last training images validate,
+    nearly so). A smaller validation set is a subset of a larger one.
 
     ``"digits"`` (8 x 8 pixels) comes with scikit-learn: 599 of the 1,797 images are the test set,
-    and `data_dir` and `cache_dir` are not used. ``"mnist"`` and ``"fashion_mnist"`` (28 x 28) have
-    the official test set, in the official order. They are looked for in `data_dir` if that is
-    given, and nowhere else then; otherwise in the folder that the environment variable
-    ``TFDS_DATA_DIR`` names, then in ``~/tensorflow_datasets``. Any of these may be
+    and `data_dir` and `cache_dir` are not used. ``"mnist"`` and ``"fashion_mnist"`` (28 x 28) and
+    ``"cifar10"`` (32 x 32 x 3) have the official test set, in the official order. They are looked
+    for in `data_dir` if that is given, and nowhere else then; otherwise in the folder that the
+    environment variable ``TFDS_DATA_DIR`` names, then in ``~/tensorflow_datasets``. Any of these
+    may be
 
     - a data folder of TensorFlow Datasets, with version 3 of the dataset in it, prepared in
       the format array_record,
-    - a folder with a subfolder ``<name>`` that has the four IDX files, each gzipped or not,
-    - a folder with the four IDX files themselves, which do not say which dataset they are.
+    - a folder with the published files: four IDX files, each gzipped or not (which do not say which
+      dataset they are), or for ``"cifar10"`` its binary or Python batches, in the folder of the
+      archive or by themselves,
+    - a folder with a subfolder ``<name>`` that has these files.
 
-    Decoded arrays (55 MB) are cached, so that only the first load is slow. Files that changed are
-    read again.
+    Decoded arrays (55 MB, CIFAR-10 184 MB) are cached, so that only the first load is slow. Files
+    that changed are read again.
 
     Args:
         name: one of `DATASETS`.
@@ -146,15 +121,23 @@ def load(
         (1098, 100, 599)
     """
     check_choice("name", name, DATASETS)
-    given = _digits() if name == "digits" else _stored(name, data_dir, cache_dir)
-    held_out = _VALIDATION[name] if validation is None else validation
+    if name == "digits":
+        given, classes, default = _digits(), _DIGITS_CLASSES, 200
+    else:
+        given, classes, default = _stored(name, data_dir, cache_dir), LAYOUTS[name].classes, 5_000
+    held_out = default if validation is None else validation
     _check_validation(held_out, len(given.train_labels))
-    train, held = _hold_out(given.train_labels, held_out)
+    hold_out = _hold_out_last if name == "cifar10" else _hold_out
+    return _divided(name, classes, given, *hold_out(given.train_labels, held_out))
+
+
+def _divided(name: str, classes: int, given: Given, rest: np.ndarray, held: np.ndarray) -> Dataset:
+    """A data set whose training images are those at `rest`, and its validation images at `held`."""
     return Dataset(
         name=name,
-        classes=_CLASSES,
-        train_images=given.train_images[train],
-        train_labels=given.train_labels[train],
+        classes=classes,
+        train_images=given.train_images[rest],
+        train_labels=given.train_labels[rest],
         validation_images=given.train_images[held],
         validation_labels=given.train_labels[held],
         test_images=given.test_images,
@@ -162,24 +145,96 @@ def load(
     )
 
 
+def from_arrays(
+    name: str,
+    train: tuple[Any, Any],
+    test: tuple[Any, Any],
+    *,
+    validation: int,
+    classes: int | None = None,
+) -> Dataset:
+    """A dataset of your own arrays, with a validation set held out of the training images.
+
+    Args:
+        name: what results call it.
+        train: images ``[N, ...]``, uint8 or floating point, and integer labels ``[N]``.
+        test: images of the same shape, and their labels.
+        validation: number of training images to hold out, in the proportions of the classes.
+        classes: number of classes; by default one more than the largest label.
+
+    Raises:
+        ValueError, TypeError: an array does not fit the others.
+
+    Example:
+        >>> images, labels = np.zeros((30, 5, 7, 3), np.uint8), np.arange(30) % 26
+        >>> own = from_arrays("letters", (images, labels), (images, labels), validation=4)
+        >>> own.classes, own.train_images.shape
+        (26, (26, 5, 7, 3))
+    """
+    given = Given(*map(np.asarray, (*train, *test)))
+    if len(given.train_images) != len(given.train_labels):
+        raise ValueError(f"train holds {len(given.train_images)} images and "
+                         f"{len(given.train_labels)} labels; expected as many of one as of the "
+                         "other")  # fmt: skip
+    if classes is None:
+        both = (given.train_labels, given.test_labels)
+        classes = 1 + max((int(v.max()) for v in both if v.size), default=0)
+    _check_validation(validation, len(given.train_labels))
+    data = _divided(name, classes, given, *_hold_out(given.train_labels, validation))
+    check_dataset(data)
+    return data
+
+
+def check_dataset(data: Any) -> None:
+    """Raise where `data` is no `Dataset` that can be learned."""
+    if not isinstance(data, Dataset):
+        raise TypeError(f"data is {type(data).__name__}; expected an ep_jax.data.Dataset, as from "
+                        "ep_jax.data.from_arrays")  # fmt: skip
+    check_integer("data.classes", data.classes, at_least=2)
+    shape = np.shape(data.train_images)[1:]
+    for part, least in (("train", 1), ("validation", 0), ("test", 1)):
+        images, labels = (getattr(data, f"{part}_{kind}") for kind in ("images", "labels"))
+        name = f"data.{part}_images"
+        if np.ndim(images) < 2 or np.shape(images)[1:] != shape or len(images) < least:
+            wanted = "(N, H, W, C) or (N, features)" if part == "train" else f"(N, *{shape})"
+            raise ValueError(f"{name} has shape {np.shape(images)}; expected {wanted} with N of at "
+                             f"least {least}")  # fmt: skip
+        check_pixels(name, images)
+        name = f"data.{part}_labels"
+        if np.shape(labels) != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{name} has shape {np.shape(labels)} and dtype {labels.dtype}; "
+                             f"expected integers of shape ({len(images)},)")  # fmt: skip
+        wrong = labels[(labels < 0) | (labels >= data.classes)]
+        if len(wrong):
+            raise ValueError(f"{name} holds the label {wrong[0]}; expected labels in 0 .. "
+                             f"{data.classes - 1}")  # fmt: skip
+
+
+def check_pixels(name: str, images: Any) -> None:
+    """Raise where `images` are neither uint8 nor finite floating-point numbers."""
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise TypeError(f"{name} has dtype {images.dtype}; expected uint8 or floating point")
+    if images.dtype != np.uint8 and known(images) and not np.isfinite(np.asarray(images)).all():
+        raise ValueError(f"{name} holds values that are NaN or infinite; expected finite numbers")
+
+
 def to_float(images: _Images) -> _Images:
-    """Scales uint8 images to float32 in [0, 1], by division by 255.
+    """Scales uint8 images to float32 in [0, 1], by division by 255; others stay as they are.
 
     NumPy arrays give NumPy arrays and JAX arrays give JAX arrays, also inside ``jit``. XLA
     multiplies by the reciprocal, so the two may differ in the last bit.
 
     Args:
-        images: uint8 array of any shape.
+        images: array of any shape, uint8 or floating point.
 
     Returns:
-        A float32 array of the same shape.
+        An array of the same shape.
 
     Raises:
-        ValueError: `images` is not uint8 (it may have been scaled before).
+        TypeError: `images` is of another type.
     """
-    if images.dtype != np.uint8:
-        raise ValueError(f"images has dtype {images.dtype}; expected uint8")
-    return images.astype(np.float32) / 255
+    check_pixels("images", images)
+    return images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
 
 
 # Splits
@@ -209,181 +264,39 @@ def _hold_out(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(ranked[count:]), np.sort(ranked[:count])
 
 
-# Sources
+def _hold_out_last(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the indices of `labels` into the rest and the last `count`, as others have done it."""
+    return np.arange(len(labels) - count), np.arange(len(labels) - count, len(labels))
 
 
-def _digits() -> _Given:
+def _digits() -> Given:
     from sklearn.datasets import load_digits  # slow, and only needed here
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = labels.astype(np.int32)
     train, test = _hold_out(labels, _DIGITS_TEST)
-    return _Given(images[train], labels[train], images[test], labels[test])
+    return Given(images[train], labels[train], images[test], labels[test])
 
 
 def _stored(
     name: str,
     data_dir: str | os.PathLike[str] | None,
     cache_dir: str | os.PathLike[str] | None,
-) -> _Given:
-    source = _find(name, _roots(data_dir))
+) -> Given:
+    source = find(name, LAYOUTS[name], data_dir)
     cache = _cache_path(name, source, cache_dir)
     given = _read_cache(cache)
     if given is None:
-        given = _read_prepared(source.folder) if source.prepared else _read_idx_files(source.files)
+        given = source.read()
         _write_cache(cache, given)
     return given
-
-
-def _roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
-    # A folder that the caller names must not silently be replaced by another one.
-    if data_dir is not None:
-        return [Path(data_dir).expanduser()]
-    named = os.environ.get("TFDS_DATA_DIR")
-    return [Path(root).expanduser() for root in (named, "~/tensorflow_datasets") if root]
-
-
-def _find(name: str, roots: Sequence[Path]) -> _Source:
-    for root in roots:
-        # The subfolders come first: their name tells which dataset they have.
-        folder = root / name
-        source = _idx_source(folder) or _prepared_source(folder) or _idx_source(root)
-        if source:
-            return source
-    raise FileNotFoundError(_how_to_get(name, roots))
-
-
-def _idx_source(folder: Path) -> _Source | None:
-    choices = [(folder / file, folder / f"{file}.gz") for file in _IDX_FILES]
-    files = [file for plain, gzipped in choices if (file := _first_file(plain, gzipped))]
-    return _Source(folder, tuple(files), prepared=False) if len(files) == len(choices) else None
-
-
-def _first_file(*paths: Path) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _prepared_source(folder: Path) -> _Source | None:
-    versions = sorted(info.parent for info in folder.glob(f"{_TFDS_VERSIONS}/dataset_info.json"))
-    if not versions:
-        return None
-    newest = versions[-1]
-    return _Source(newest, tuple(sorted(newest.iterdir())), prepared=True)
-
-
-def _how_to_get(name: str, roots: Sequence[Path]) -> str:
-    prepare = (
-        "import tensorflow_datasets as tfds; "
-        f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
-    )
-    return f"""no data of {name!r} in {" or ".join(map(str, roots))}. There are two ways to get it:
-(1) TensorFlow Datasets downloads and prepares it (version 3), once, with
-    pip install 'ep_jax[prepare]'
-    python -c "{prepare}"
-    in the folder that the environment variable TFDS_DATA_DIR names, or ~/tensorflow_datasets.
-(2) Put its four IDX files, each gzipped (with .gz at the end of its name) or not,
-    {", ".join(_IDX_FILES)}
-    into a folder, or its subfolder {name}, and pass that folder as data_dir.
-The dataset 'digits' needs no download."""
-
-
-# IDX files
-
-
-def _read_idx_files(files: Sequence[Path]) -> _Given:
-    train_images, train_labels, test_images, test_labels = files
-    return _Given(*_read_pair(train_images, train_labels), *_read_pair(test_images, test_labels))
-
-
-def _read_pair(images_file: Path, labels_file: Path) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = _read_idx(images_file, 3), _read_idx(labels_file, 1)
-    if len(labels) != len(images):
-        raise ValueError(
-            f"{labels_file}: found {len(labels)} labels; expected {len(images)}, one for each "
-            f"image in {images_file}"
-        )
-    _check_labels(labels_file, labels)
-    return images[..., np.newaxis], labels.astype(np.int32)
-
-
-def _check_labels(source: Path, labels: np.ndarray) -> None:
-    wrong = labels[(labels < 0) | (labels >= _CLASSES)]
-    if len(wrong):
-        raise ValueError(
-            f"{source}: found the label {wrong[0]}; expected labels in 0 .. {_CLASSES - 1}"
-        )
-
-
-def _read_idx(file: Path, dims: int) -> np.ndarray:
-    """The uint8 array of `dims` dimensions in an IDX file, gzipped if its name ends in .gz."""
-    try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file}: found damage ({error}); expected a whole gzip file") from error
-
-    # Two zeros, the type (8: unsigned bytes), the number of dimensions; then each one's size.
-    magic = bytes((0, 0, 8, dims))
-    header = 4 + 4 * dims
-    if data[:4] != magic or len(data) < header:
-        raise ValueError(
-            f"{file}: found {len(data)} bytes, the first of them {data[:4].hex(' ') or 'missing'}; "
-            f"expected an IDX header of {header} bytes, the first of them {magic.hex(' ')} "
-            f"(unsigned bytes in {dims} dimensions)"
-        )
-    shape = np.frombuffer(data, ">u4", count=dims, offset=4).tolist()
-    if len(data) != header + math.prod(shape):
-        raise ValueError(
-            f"{file}: found {len(data) - header} bytes after the header; expected "
-            f"{math.prod(shape)} for the shape {shape}"
-        )
-    # A copy, because what shares memory with bytes cannot be written.
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
-
-
-# TensorFlow Datasets
-
-
-def _read_prepared(folder: Path) -> _Given:
-    import tensorflow_datasets as tfds  # slow, and not needed where the cache has the data
-
-    try:
-        builder = tfds.builder_from_directory(folder)
-        given = _Given(*_read_split(builder, "train"), *_read_split(builder, "test"))
-    # Which exception it is depends on the file, the format and the library that reads it.
-    except Exception as error:
-        raise ValueError(
-            f"{folder}: found data that TensorFlow Datasets cannot read ({error}); expected a "
-            "dataset that it prepared in the format array_record"
-        ) from error
-    for labels in (given.train_labels, given.test_labels):
-        _check_labels(folder, labels)
-    return given
-
-
-def _read_split(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
-    source = builder.as_data_source(split=split)
-    # All at once takes a third of the time that one by one does.
-    examples = source.__getitems__(range(len(source)))
-    official = np.argsort(_prepared_order(split, len(source)))
-    images = np.stack([example["image"] for example in examples])
-    labels = np.array([example["label"] for example in examples], np.int32)
-    return images[official], labels[official]
-
-
-def _prepared_order(split: str, count: int) -> list[int]:
-    """The official indices of a prepared split's examples: TFDS sorts them by a hash of these."""
-
-    def digest(index: int) -> bytes:
-        return hashlib.md5(f"{split}{index}".encode(), usedforsecurity=False).digest()
-
-    return sorted(range(count), key=digest)
 
 
 # Cache
 
 
-def _cache_path(name: str, source: _Source, cache_dir: str | os.PathLike[str] | None) -> Path:
+def _cache_path(name: str, source: Source, cache_dir: str | os.PathLike[str] | None) -> Path:
     folder = Path(cache_dir or os.environ.get("EP_JAX_CACHE") or "~/.cache/ep_jax").expanduser()
     stats = [(str(file.resolve()), file.stat()) for file in source.files]
     facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
@@ -391,17 +304,17 @@ def _cache_path(name: str, source: _Source, cache_dir: str | os.PathLike[str] | 
     return folder / f"{name}-{key[:16]}.npz"
 
 
-def _read_cache(file: Path) -> _Given | None:
+def _read_cache(file: Path) -> Given | None:
     try:
         # Opened here, because np.load leaves a damaged file open.
         with file.open("rb") as stream, np.load(stream) as arrays:
-            return _Given(**arrays)
+            return Given(**arrays)
     # Absent, unreadable or damaged in whatever way: the answer is to read the source again.
     except Exception:
         return None
 
 
-def _write_cache(file: Path, given: _Given) -> None:
+def _write_cache(file: Path, given: Given) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:

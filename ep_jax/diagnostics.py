@@ -18,22 +18,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ep_jax import dynamics, layers, network
+from ep_jax import dynamics, network
 from ep_jax.checks import check_integer, check_number
-from ep_jax.costs import cost, read_out
-from ep_jax.dynamics import Absolute, Coordinates, Displacement, PhaseInfo, Snapshot, mean_info
-from ep_jax.gradients.batch import check, settle
+from ep_jax.coordinates import Absolute, Coordinates, Displacement, Nudge, base_of
+from ep_jax.dynamics import PhaseInfo, mean_info
+from ep_jax.gradients.batch import check, check_batch, keys_of, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
 from ep_jax.phases import Phases, optimal_relaxation
+from ep_jax.relaxation import Snapshot
 
 
 def rate_twin(spec: NetworkSpec) -> NetworkSpec:
     """The rate network whose fixed point the neurons of `spec` encode.
 
     Example:
-        >>> rate_twin(NetworkSpec((3,), (network.Dense(2),))).neuron
+        >>> rate_twin(NetworkSpec((3,), (Dense(2),))).neuron
         Rate(epsilon=1.0, activation='hard_sigmoid', epsilon_power=0.0)
     """
     return dataclasses.replace(spec, neuron=Rate(activation=spec.neuron.activation))
@@ -215,7 +216,7 @@ def gdu(
         ValueError: `phases` has other sweeps or coordinates.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(4), network.Dense(2)), neuron=Rate())
+        >>> spec = NetworkSpec((3,), (Dense(4), Dense(2)), neuron=Rate())
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> phases = Phases(50, 6, 1e-2, sweep="synchronous", coordinates="absolute")
         >>> curves = gdu(params, spec, jnp.ones((5, 3)), jnp.zeros(5, int), phases)
@@ -228,7 +229,7 @@ def gdu(
             f"phases has sweep={phases.sweep!r} and coordinates={phases.coordinates!r}; expected "
             "'synchronous' and 'absolute'"
         )
-    free = settle(params, spec, xs, phases, given.free_keys)
+    free, _ = settle(params, spec, xs, phases, given.keys.free)
     start = jax.vmap(lambda s: network.unpack(spec, s))(free.state)
 
     def nudged(x: jax.Array, y: jax.Array, s: State, key: Any, beta: float) -> State:
@@ -240,7 +241,7 @@ def gdu(
 
     sides = [
         jax.vmap(lambda x, y, s, key, beta=beta: nudged(x, y, s, key, beta), out_axes=1)(
-            xs, given.ys, start, given.nudged_keys
+            xs, given.ys, start, given.keys.nudged
         )
         for beta in (phases.beta, -phases.beta)
     ]
@@ -271,13 +272,13 @@ def _bptt_by_sweep(
     def mean_cost(per_sweep: Params, bumps: State) -> jax.Array:
         def one(x: jax.Array, y: jax.Array, s: State, bumps: State) -> jax.Array:
             def sweep(s: State, now: tuple[Params, State]) -> tuple[State, None]:
-                links = network.link(now[0], twin)
-                bumped = links._replace(biases=jax.tree.map(jnp.add, links.biases, now[1]))
-                drive = network.input_drive(twin, bumped, x)
-                return rate_sweep(twin, bumped, drive, s), None
+                prepared = network.prepare(now[0], twin)
+                bumped = prepared._replace(biases=jax.tree.map(jnp.add, prepared.biases, now[1]))
+                drives = network.input_drive(twin, bumped, x)
+                return rate_sweep(twin, bumped, drives, s), None
 
             last = jax.lax.scan(sweep, s, (per_sweep, bumps))[0][-1]
-            return cost(twin, network.link(params, twin), last, y)
+            return network.cost_of(twin, network.prepare(params, twin), last, y)
 
         return jnp.mean(jax.vmap(one, in_axes=(0, 0, 0, 1))(xs, ys, state, bumps))
 
@@ -358,17 +359,17 @@ def distance_to_rate(
         key: random key, for stochastic neurons.
         reference: the free phase in which the rate twin settles.
     """
-    labels = jnp.zeros(len(xs), jnp.int32)  # no cost is asked for
-    keys = check(params, spec, xs, labels, phases, key).free_keys
-    free = settle(params, spec, xs, phases, keys)
-    fixed = settle(params, rate_twin(spec), xs, reference, None)
+    xs = check_batch(params, spec, xs, phases, key)
+    keys = keys_of(spec, key, len(xs)).free
+    free, told = settle(params, spec, xs, phases, keys)
+    fixed, _ = settle(params, rate_twin(spec), xs, reference, None)
 
     def rms(values: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.mean(values**2))
 
     apart = jnp.stack([rms(a - b) for a, b in zip(free.state, fixed.state, strict=True)])
     size = jnp.stack([rms(b) for b in fixed.state])
-    return StateDistance(apart, apart / size, mean_info(free.info))
+    return StateDistance(apart, apart / size, mean_info(told))
 
 
 def spikes_per_neuron(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:
@@ -379,7 +380,7 @@ def spikes_per_neuron(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) ->
         spikes: spikes per neuron of each layer, as in `ep_jax.PhaseInfo`.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(30), network.Dense(10)))
+        >>> spec = NetworkSpec((3,), (Dense(30), Dense(10)))
         >>> spikes_per_neuron(spec, (1.0, 3.0))
         1.5
     """
@@ -393,11 +394,11 @@ def connections(spec: NetworkSpec) -> tuple[int, ...]:
     Connections, counted with those that share a weight. A folded average pool is counted as such.
 
     Example:
-        >>> connections(NetworkSpec((8,), (network.Dense(4), network.Dense(2))))
+        >>> connections(NetworkSpec((8,), (Dense(4), Dense(2))))
         (32, 8)
     """
     within = zip(spec.layers[: spec.depth], spec.shapes, strict=False)
-    return tuple(layers.connections(layer, below) for layer, below in within)
+    return tuple(layer.connections(below) for layer, below in within)
 
 
 def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:
@@ -410,13 +411,16 @@ def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) 
         spikes: spikes per neuron of each layer, as in `ep_jax.PhaseInfo`.
 
     Example:
-        >>> spec = NetworkSpec((8,), (network.Dense(4), network.Dense(2)))
+        >>> spec = NetworkSpec((8,), (Dense(4), Dense(2)))
         >>> synaptic_operations(spec, (1.5, 2.0))  # 8 connections, used in both directions
         28.0
     """
-    count = connections(spec)
-    up, down = (*count[1:], 0), (0, *count[1:])
-    return float(sum(float(s) * (a + b) for s, a, b in zip(spikes, up, down, strict=True)))
+    reached = [0] * spec.depth
+    for edge in spec.links:
+        count = edge.layer.connections(spec.shapes[edge.source + 1])
+        reached[edge.source] += count
+        reached[edge.target] += count
+    return float(sum(float(s) * n for s, n in zip(spikes, reached, strict=True)))
 
 
 def spectral_radius(
@@ -437,7 +441,7 @@ def spectral_radius(
         iterations: products with the Jacobian.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)), feedback=0.5)
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)), feedback=0.5)
         >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
         >>> state = (jnp.array([0.5]), jnp.array([0.5]))
         >>> round(float(spectral_radius(params, spec, jnp.array([0.25]), state)), 4)  # sqrt(1/2)
@@ -445,15 +449,15 @@ def spectral_radius(
     """
     network.check_example(spec, params, x, state)
     check_integer("iterations", iterations, at_least=1)
-    links = network.link(params, spec)
-    drive = network.input_drive(spec, links, x)
+    prepared = network.prepare(params, spec)
+    drives = network.input_drive(spec, prepared, x)
     packed = network.pack(spec, state)
-    currents = Absolute(spec, links, drive, packed).swept(packed).currents
+    currents = Absolute(spec, prepared, drives, packed).swept(packed).currents
     slopes = tuple(
-        jax.jvp(dynamics.activation_of(spec, l).apply, (i,), (jnp.ones_like(i),))[1]
+        jax.jvp(spec.activation(l).apply, (i,), (jnp.ones_like(i),))[1]
         for l, i in enumerate(currents)
     )
-    push = jax.linearize(lambda s: rate_sweep(spec, links, drive, s), packed)[1]
+    push = jax.linearize(lambda s: rate_sweep(spec, prepared, drives, s), packed)[1]
 
     def norm(v: State) -> jax.Array:
         squares = (
@@ -561,6 +565,8 @@ class Recurrence(NamedTuple):
 class FeedbackAnswers(NamedTuple):
     """Answers ``[B]`` of the rate twin under some feedback, and what feedback makes of its state.
 
+    An answer is the number of the largest unit of the output, whatever its shape.
+
     Attributes:
         share: see `Recurrence`.
         own: at the fixed point.
@@ -593,7 +599,7 @@ def recurrence(
         phases: the free phase in which the rate twin settles.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(2)), feedback=0.5)
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(2)), feedback=0.5)
         >>> weights = ({"w": jnp.ones((1, 1))}, {"w": jnp.array([[0.5, 0.25]])})
         >>> params = tuple(w | {"b": jnp.zeros(w["w"].shape[1])} for w in weights)
         >>> found = recurrence(params, spec, jnp.array([[0.2], [0.4]]))
@@ -619,20 +625,12 @@ def feedback_answers(
         raise ValueError("xs holds one example; expected two or more: another one's feedback is "
                          "asked for")  # fmt: skip
     twin = rate_twin(spec)
-    links = network.link(params, twin)
+    prepared = network.prepare(params, twin)
 
-    def pass_from_below(drive: jax.Array, heard: State) -> State:
-        state: list[jax.Array] = []
-        for l in range(spec.depth):
-            below = drive if l == 0 else network.drive(twin, links, l, state[-1])
-            total = below + links.biases[l] + heard[l]
-            state.append(dynamics.activation_of(twin, l).apply(total))
-        return tuple(state)
-
-    def rest(x: jax.Array) -> tuple[jax.Array, State, State]:
-        drive = network.input_drive(twin, links, x)
-        state = dynamics.settle(twin, phases, Absolute(twin, links, drive), None).state
-        return drive, state, network.currents(twin, links, state, 0.0, twin.feedback)
+    def rest(x: jax.Array) -> tuple[tuple[jax.Array | None, ...], State, State]:
+        drives = network.input_drive(twin, prepared, x)
+        state = dynamics.settle(twin, phases, Absolute(twin, prepared, drives), None).state
+        return drives, state, network.feedback(twin, prepared, state)
 
     drives, states, heard = jax.lax.map(rest, xs, batch_size=min(len(xs), 64))
     nothing = jax.tree.map(jnp.zeros_like, heard)
@@ -641,11 +639,14 @@ def feedback_answers(
 
     def under(feedback: State) -> State:
         return jax.lax.map(
-            lambda of: pass_from_below(*of), (drives, feedback), batch_size=min(len(xs), 64)
+            lambda of: network.pass_from_below(twin, prepared, *of),
+            (drives, feedback),
+            batch_size=min(len(xs), 64),
         )
 
     def answers(state: State) -> jax.Array:
-        return jax.vmap(lambda s: read_out(links, s))(state[-1]).argmax(-1)
+        outputs = jax.vmap(lambda s: network.read_out(twin, prepared, s))(state[-1])
+        return outputs.reshape(len(outputs), -1).argmax(-1)
 
     forward = under(nothing)
     share = [
@@ -684,7 +685,7 @@ def suggest_phases(
         ValueError: an input has a radius of 1 or more, or does not settle in `max_sweeps` sweeps.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(8), network.Dense(2)), neuron=Rate())
+        >>> spec = NetworkSpec((3,), (Dense(8), Dense(2)), neuron=Rate())
         >>> params = network.init_params(jax.random.key(0), spec, gain=0.5)
         >>> phases = suggest_phases(params, spec, jnp.ones((4, 3)))
         >>> phases.relaxation > 1, phases.sweep, phases.coordinates
@@ -758,14 +759,14 @@ def sweeps_needed(
         tolerance: the largest relative distance from the fixed point.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(8), network.Dense(2)), neuron=Rate())
+        >>> spec = NetworkSpec((3,), (Dense(8), Dense(2)), neuron=Rate())
         >>> params = network.init_params(jax.random.key(0), spec, gain=0.5)
         >>> found = sweeps_needed(params, spec, jnp.ones((4, 3)), Phases(free=50, nudged=50))
         >>> found.free.shape, bool(found.free.max() < 50)
         ((4,), True)
     """
     twin = rate_twin(spec)
-    links = network.link(params, twin)
+    prepared = network.prepare(params, twin)
     keys = jax.random.split(jax.random.key(0), len(xs)) if spec.neuron.stochastic else None
     phases = dataclasses.replace(phases.without_stragglers(), tolerance=None)
     exact = dataclasses.replace(
@@ -788,12 +789,14 @@ def sweeps_needed(
         return last + 2, goal
 
     def one(x: jax.Array, key: jax.Array | None) -> SweepsNeeded:
-        coordinates = Absolute(spec, links, network.input_drive(spec, links, x))
+        coordinates = Absolute(spec, prepared, network.input_drive(spec, prepared, x))
         free, rest = needed(coordinates, key)
-        base = dynamics.base_of(spec, links, coordinates.swept(rest))
-        answer = read_out(links, rest[-1])
-        target = jnp.roll(jax.nn.one_hot(answer.argmax(), spec.classes, dtype=x.dtype), 1)
-        nudged, _ = needed(Displacement(spec, links, base, target, phases.beta), key)
+        base = base_of(spec, prepared, coordinates.swept(rest))
+        answer = network.read_out(spec, prepared, rest[-1])
+        chosen = jax.nn.one_hot(answer.argmax(), answer.size, dtype=x.dtype)
+        target = jnp.roll(chosen, 1).reshape(answer.shape)
+        nudge = Nudge(phases.beta, lambda s: network.cost_gradient(spec, prepared, s, target))
+        nudged, _ = needed(Displacement(spec, prepared, base, nudge), key)
         return SweepsNeeded(free, nudged, network.unpack(spec, rest))
 
     return jax.lax.map(lambda args: one(*args), (xs, keys), batch_size=min(len(xs), 64))

@@ -1,17 +1,6 @@
 """The phases: relaxation of the state, free and nudged, one ``lax.scan`` each.
 
-The nudged phase exists in two coordinates with one fixed point. In *absolute* coordinates the state
-itself relaxes under the nudge ``-beta dC/ds_L``. In *displacement* coordinates its displacement
-relaxes, in units in which it is of order one in every layer::
-
-    s_l = s0_l + beta_l D_l,   beta_l = beta alpha^(L - l)
-    J_l = alpha A'_l(D_{l-1}) + A_{l+1}^T(D_{l+1}),   J_L = alpha A'_L(D_{L-1}) - dC/ds_L
-    D_l = [sigma(I0_l + beta_l J_l) - sigma(I0_l)] / beta_l
-
-with ``I0`` the currents of the free state, ``s0 = sigma(I0)`` and ``A'`` the drive without bias.
-All maps between layers are affine, so this is exact at any beta; no small difference of large
-numbers is formed, so it is exact in any precision. (A max pool is affine but for its winners; its
-exact differences are in `ep_jax.network`.)
+A phase relaxes in some coordinates (`ep_jax.coordinates`) by sweeps (`ep_jax.relaxation`).
 
 Whether a phase has settled, only the map tells whose fixed point it seeks: a code that has stopped
 to send looks at rest wherever it is. So at the end of each phase one sweep ``F`` of rate neurons is
@@ -22,46 +11,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ep_jax import network
 from ep_jax.checks import check_float_array
-from ep_jax.costs import cost_gradient, targets
-from ep_jax.network import Links, NetworkSpec, Params, State
-from ep_jax.neurons import ACTIVATIONS, Activation, Clock, relax, relax_displacement
-from ep_jax.phases import Phases, Update, check_beta, check_nudge, check_phases, plan
+from ep_jax.coordinates import (
+    Absolute,
+    Coordinates,
+    Displacement,
+    Nudge,
+    Swept,
+    base_of,
+    displaced_state,
+)
+from ep_jax.network import NetworkSpec, Params, State
+from ep_jax.phases import Phases, check_beta, check_nudge, check_phases
+from ep_jax.relaxation import Carry, Relaxation, Trace
 
-MOVING = 1e-3
-"""A unit counts as moving when a sweep changes it by more than this."""
 UNSETTLED = 1e-2
 """An example counts as unsettled when its relative residual is larger than this."""
-CHECK = 4
-"""A phase with a tolerance looks at its residual every so many sweeps."""
+FAR = {"free": 0.1, "nudged": 0.3}
+"""A phase is far from settled whose relative residual, the mean of a batch, is above this.
 
-
-class Snapshot(NamedTuple):
-    """What a `trace` function sees after each sweep, in logical layout.
-
-    Attributes:
-        step: 0-based number of the sweep.
-        state: tuple over layers of the analog states (in displacement coordinates: of ``D``).
-        spikes: tuple over layers of the spikes emitted in this sweep; zeros for rate neurons.
-        signals: tuple over layers of what goes through the weights.
-        residual: ``|s_{t+1} - s_t|`` of this sweep, over all layers. A code that has stopped to
-            send has none, wherever it is: what tells of the fixed point is `PhaseInfo.residual`.
-    """
-
-    step: jax.Array
-    state: State
-    spikes: State
-    signals: State
-    residual: jax.Array
-
-
-Trace: TypeAlias = Callable[[Snapshot], Any]
+A gradient that is off by a relative .3 is still at a cosine of .95 with the exact one, and it is
+linear in the displacement. The free state decides the answer, and its error enters all of it.
+"""
 
 
 class PhaseInfo(NamedTuple):
@@ -97,464 +74,6 @@ class PhaseInfo(NamedTuple):
     spikes: tuple[jax.Array, ...]
     activity: tuple[jax.Array, ...]
     trace: Any = None
-
-
-def activation_of(spec: NetworkSpec, l: int) -> Activation:
-    """The activation of layer ``l`` (0-based): an output layer is linear."""
-    is_output = l == spec.depth - 1 and spec.cost == "squared_error"
-    return ACTIVATIONS["linear" if is_output else spec.neuron.activation]
-
-
-# What relaxes.
-
-
-class Swept(NamedTuple):
-    """One synchronous sweep of rate neurons, packed: the map whose fixed point a network seeks.
-
-    Attributes:
-        state: what the layers would become, ``F(s)``.
-        currents: what they receive, with input, bias and nudge.
-    """
-
-    state: State
-    currents: State
-
-
-class Coordinates(Protocol):
-    """What relaxes in a phase, of one example, in working form: the state, or a displacement.
-
-    Attributes:
-        nudged: whether it is a nudged phase.
-        displaced: whether the state is a displacement.
-        from_zero: whether it starts from signals of zero.
-        start: the packed state that the phase starts from.
-        start_currents: what the layers receive there from each other.
-        units: scale of the state in each layer, see `ep_jax.neurons.Clock`.
-        scales: what a unit of the state of each layer is in units of activity.
-        error: the output's error, see `ep_jax.neurons.Clock`.
-    """
-
-    nudged: bool
-    displaced: bool
-    from_zero: bool
-    start: State
-    start_currents: State
-    units: tuple[jax.Array | float, ...]
-    scales: tuple[jax.Array | float, ...]
-    error: jax.Array | float
-
-    def current(self, turn: Update, signals: State) -> jax.Array:
-        """What a layer receives from its neighbours' `signals`."""
-        ...
-
-    def relax(
-        self, l: int, s: jax.Array, current: jax.Array, epsilon: jax.Array | float
-    ) -> jax.Array:
-        """The damped step of layer ``l`` from `s` under a `current`."""
-        ...
-
-    def swept(self, state: State) -> Swept:
-        """One synchronous sweep of rate neurons from `state`."""
-        ...
-
-    def moved(self, state: State) -> State:
-        """What residuals are relative to."""
-        ...
-
-
-class Absolute:
-    """The state itself: of the free phase, or (with a `target`) of a nudged one.
-
-    Args:
-        spec: the network.
-        links: its parameters in working form.
-        drive: the input's drive.
-        start: the state to start from; zero by default.
-        nudge: one-hot target and nudging strength of a nudged phase.
-    """
-
-    displaced = False
-    units: tuple[jax.Array | float, ...]
-    scales: tuple[jax.Array | float, ...]
-    error: jax.Array | float
-
-    def __init__(
-        self,
-        spec: NetworkSpec,
-        links: Links,
-        drive: jax.Array,
-        start: State | None = None,
-        nudge: tuple[jax.Array, jax.Array | float] | None = None,
-    ) -> None:
-        self._spec, self._links, self._nudge = spec, links, nudge
-        self._external = (links.biases[0] + drive, *links.biases[1:])
-        self.nudged, self.from_zero = nudge is not None, start is None
-        self.units = self.scales = (1.0,) * spec.depth
-        self.error = 1.0
-        if start is None:
-            shapes = spec.state_shapes
-            start = network.pack(spec, tuple(jnp.zeros(s, drive.dtype) for s in shapes))
-            self.start_currents = start
-        else:
-            self.start_currents = network.currents(spec, links, start, 1.0, spec.feedback)
-        self.start = start
-        if nudge is not None:
-            target, beta = nudge
-            self.units = tuple(abs(beta) * spec.weight_of(l) for l in range(spec.depth))
-            self.error = output_error(links, start[-1], target)
-
-    def current(self, turn: Update, signals: State) -> jax.Array:
-        """See `Coordinates`."""
-        gains = (float(turn.below), self._spec.feedback * turn.above)
-        return network.current(self._spec, self._links, turn.layer, signals, *gains)
-
-    def _total(self, l: int, s: jax.Array, current: jax.Array) -> jax.Array:
-        total = current + self._external[l]
-        if self._nudge is not None and l == self._spec.depth - 1:
-            target, beta = self._nudge
-            total = total - beta * cost_gradient(self._links, s, target)
-        return total
-
-    def relax(
-        self, l: int, s: jax.Array, current: jax.Array, epsilon: jax.Array | float
-    ) -> jax.Array:
-        """See `Coordinates`."""
-        return relax(activation_of(self._spec, l), s, self._total(l, s, current), epsilon)
-
-    def swept(self, state: State) -> Swept:
-        """See `Coordinates`."""
-        spec = self._spec
-        heard = network.currents(spec, self._links, state, 1.0, spec.feedback)
-        currents = tuple(
-            self._total(l, s, i) for l, (s, i) in enumerate(zip(state, heard, strict=True))
-        )
-        return Swept(
-            tuple(activation_of(spec, l).apply(i) for l, i in enumerate(currents)), currents
-        )
-
-    def moved(self, state: State) -> State:
-        """See `Coordinates`."""
-        return tuple(map(jnp.subtract, state, self.start)) if self.nudged else state
-
-
-class Base(NamedTuple):
-    """What a displacement starts from, packed: the free state ``s0`` and its currents ``I0``.
-
-    Attributes:
-        state: ``s0 = sigma(I0)``: one synchronous sweep of rate neurons, the map whose fixed point
-            the network relaxes to.
-        currents: ``I0``, with input and bias.
-        behind: see `ep_jax.network.behind`, of each layer; ``None`` without max pool.
-    """
-
-    state: State
-    currents: State
-    behind: tuple[jax.Array | None, ...]
-
-
-def base_of(spec: NetworkSpec, links: Links, swept: Swept) -> Base:
-    """The base of a displacement from a free state, given the sweep from that state."""
-    contests = (network.behind(spec, links, l, swept.state[l - 1]) for l in range(1, spec.depth))
-    return Base(swept.state, swept.currents, (None, *contests))
-
-
-class Displacement:
-    """The displacement ``D`` of a nudged phase.
-
-    Args:
-        spec: the network.
-        links: its parameters in working form.
-        base: what is displaced.
-        target: the one-hot target.
-        beta: nudging strength.
-    """
-
-    nudged, displaced, from_zero = True, True, True
-    units: tuple[jax.Array | float, ...]
-    scales: tuple[jax.Array | float, ...]
-    error: jax.Array | float
-
-    def __init__(
-        self,
-        spec: NetworkSpec,
-        links: Links,
-        base: Base,
-        target: jax.Array,
-        beta: jax.Array | float,
-    ) -> None:
-        self._spec, self._links, self._base = spec, links, base
-        self._target, self._beta = target, beta
-        self.scales = displacement_units(spec, beta, base.state[-1].dtype)
-        self.start = self.start_currents = tuple(map(jnp.zeros_like, base.state))
-        self.units = (1.0,) * spec.depth
-        self.error = output_error(links, base.state[-1], target)
-
-    def current(self, turn: Update, signals: State) -> jax.Array:
-        """See `Coordinates`."""
-        spec, links, base, l = self._spec, self._links, self._base, turn.layer
-        total = jnp.zeros_like(signals[l])
-        if turn.below:
-            moved = network.drive_difference(
-                spec, links, l, signals[l - 1], base.behind[l], self.scales[l - 1]
-            )
-            total = total + spec.feedback * moved
-        if turn.above:
-            total = total + network.feedback_difference(
-                spec,
-                links,
-                l,
-                signals[l],
-                (signals[l + 1], base.state[l + 1]),
-                base.behind[l + 1],
-                (self.scales[l], self.scales[l + 1]),
-            )
-        return total
-
-    def _total(self, l: int, d: jax.Array, current: jax.Array) -> jax.Array:
-        if l == self._spec.depth - 1:
-            output = self._base.state[l] + self._beta * d
-            current = current - cost_gradient(self._links, output, self._target)
-        return current
-
-    def relax(
-        self, l: int, s: jax.Array, current: jax.Array, epsilon: jax.Array | float
-    ) -> jax.Array:
-        """See `Coordinates`."""
-        return self._step(l, s, self._total(l, s, current), epsilon)
-
-    def _step(
-        self, l: int, d: jax.Array, total: jax.Array, epsilon: jax.Array | float
-    ) -> jax.Array:
-        # Tied to what changes, so that XLA makes what sigma needs of the base anew in each sweep:
-        # that is cheaper than keeping it.
-        total, base_current = jax.lax.optimization_barrier((total, self._base.currents[l]))
-        activation = activation_of(self._spec, l)
-        return relax_displacement(activation, base_current, d, total, self.scales[l], epsilon)
-
-    def swept(self, state: State) -> Swept:
-        """See `Coordinates`."""
-        depth = self._spec.depth
-        turns = (Update(l, l > 0, l + 1 < depth) for l in range(depth))
-        currents = tuple(
-            self._total(turn.layer, d, self.current(turn, state))
-            for turn, d in zip(turns, state, strict=True)
-        )
-        new = tuple(self._step(l, state[l], currents[l], 1.0) for l in range(depth))
-        return Swept(new, currents)
-
-    def moved(self, state: State) -> State:
-        """See `Coordinates`."""
-        return state
-
-
-def displacement_units(
-    spec: NetworkSpec, beta: jax.Array | float, dtype: jnp.dtype
-) -> tuple[jax.Array | float, ...]:
-    """``beta_l = beta alpha^(L - l)`` of each layer, with a power of at least a unit of rounding.
-
-    So small a displacement stays on its unit's branch of ``sigma`` whatever its size is, since the
-    currents that decide the branch are rounded as well: nothing is lost, and nothing underflows.
-    """
-    rounding = float(jnp.finfo(dtype).eps)
-    return tuple(beta * max(spec.weight_of(l), rounding) for l in range(spec.depth))
-
-
-def output_error(links: Links, last: jax.Array, y: jax.Array) -> jax.Array:
-    """``max |dC/ds_L|`` at the free state: the size of a displacement, in its own units.
-
-    Spiking neurons scale the quantum of a nudged phase by it, so that what is learned from an
-    example is coded as finely where its error is small as where it is large.
-    """
-    size = jnp.max(jnp.abs(cost_gradient(links, last, y)))
-    return jnp.maximum(size, jnp.finfo(size.dtype).eps)  # what is below rounding is no error
-
-
-# How it relaxes.
-
-
-class Carry(NamedTuple):
-    """All that a phase keeps from sweep to sweep.
-
-    Attributes:
-        t: number of sweeps done, int32. As a scanned input it would take memory for each sweep.
-        states: a state of the neuron model for each layer.
-        moving: see `PhaseInfo`; measured in the last sweep alone, where it is known which that is.
-        spikes: spikes per neuron up to now, for each layer.
-    """
-
-    t: jax.Array
-    states: list[Any]
-    moving: jax.Array
-    spikes: list[jax.Array]
-
-
-Sweep: TypeAlias = Callable[[Carry, None], tuple[Carry, Any]]
-"""``(carry, None) -> (carry, what the trace saw)``."""
-
-
-class Sweeps(NamedTuple):
-    """A phase that has not run yet.
-
-    Attributes:
-        carry: what it starts from.
-        opening: its first sweeps, which leave out the products that are zero (`plan`).
-        sweep: any other sweep; it may stand for those of the opening, too.
-        length: number of its sweeps.
-    """
-
-    carry: Carry
-    opening: tuple[Sweep, ...]
-    sweep: Sweep
-    length: int
-
-    def run(self) -> tuple[Carry, Any]:
-        """All sweeps; those after the opening in one scan that keeps its carry and nothing else."""
-        carry, seen = self.carry, []
-        opening = self.opening[: self.length]
-        for sweep in opening:
-            carry, now = sweep(carry, None)
-            seen.append(jax.tree.map(lambda a: a[None], now))
-        carry, rest = jax.lax.scan(self.sweep, carry, length=self.length - len(opening))
-        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen, rest)
-
-    def run_until(self, settled: Callable[[Carry], jax.Array]) -> Carry:
-        """Sweeps until `settled`, which is asked every `CHECK` sweeps."""
-        first = self.length % CHECK or min(CHECK, self.length)
-        carry, _ = self._replace(length=first).run()
-
-        def some(carry: Carry) -> Carry:
-            return jax.lax.scan(self.sweep, carry, length=CHECK)[0]
-
-        start = self.carry.t
-        return jax.lax.while_loop(
-            lambda carry: (carry.t - start < self.length) & ~settled(carry), some, carry
-        )
-
-
-def sweeps_of(
-    spec: NetworkSpec,
-    phases: Phases,
-    coordinates: Coordinates,
-    key: jax.Array | None,
-    trace: Trace | None = None,
-    resumed: Carry | None = None,
-) -> Sweeps:
-    """A phase of any kind, not run.
-
-    Args:
-        spec: the network.
-        phases: its phases.
-        coordinates: what relaxes.
-        key: random key of a stochastic neuron.
-        trace: see `free_phase`.
-        resumed: go on from here, as a straggler; its key is the first sweeps'.
-    """
-    neuron, depth, nudged = spec.neuron, spec.depth, coordinates.nudged
-    done, length = 0, phases.sweeps(nudged)
-    if resumed is not None:
-        done, length = length, phases.more(nudged)
-    last, known = done + length - 1, phases.tolerance is None
-    *opening, full = plan(spec, phases, nudged, coordinates.from_zero)
-    in_place = phases.sweep != "synchronous"
-    sizes = [s.size for s in coordinates.start]
-    zero = jnp.zeros((), coordinates.start[-1].real.dtype)
-    rounded = nudged and phases.nudged_signals == "bfloat16"
-
-    def signal(state: Any) -> jax.Array:
-        sent = neuron.signal(state)
-        return jax.lax.reduce_precision(sent, 8, 7) if rounded else sent
-
-    def update(turn: Update, state: Any, heard: State, t: jax.Array, fresh: bool) -> Any:
-        """One layer's turn: its new state, and its spikes."""
-        l = turn.layer
-
-        def step(s: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
-            return coordinates.relax(l, s, current, phases.relaxation * epsilon)
-
-        # The barrier makes the current once; without it XLA repeats the adjoint's sums wherever
-        # the neuron model reads it.
-        incoming = jax.lax.optimization_barrier(coordinates.current(turn, heard))
-        clock = Clock(
-            step=t,
-            steps=done + length,
-            before=phases.sweeps(False) + phases.more(False) if nudged else 0,
-            layer=l + 1,
-            unit=coordinates.units[l],
-            error=coordinates.error,
-            fresh=fresh,
-            nudged=nudged,
-            displaced=coordinates.displaced,
-        )
-        dice = None if key is None else jax.random.fold_in(jax.random.fold_in(key, t), l)
-        return neuron.step(state, incoming, step, clock, dice)
-
-    def sweep(
-        updates: tuple[Update, ...], number: int | None, carry: Carry, _: None
-    ) -> tuple[Carry, Any]:
-        """One sweep; its `number` where it is known before the program runs."""
-        before = list(map(signal, carry.states))
-        new, latest, spikes = list(carry.states), list(before), [zero] * depth
-        updated: set[int] = set()
-        for turn in updates:
-            l = turn.layer
-            fresh = in_place and bool(updated & {l - 1, l + 1})
-            heard = tuple(latest if in_place else before)
-            new[l], sent = update(turn, carry.states[l], heard, carry.t, fresh)
-            latest[l] = signal(new[l])
-            updated.add(l)
-            if sent is not None:  # only looked at, so it costs no memory in reverse mode
-                spikes[l] = jax.lax.stop_gradient(sent)
-        counts = [
-            n + jnp.sum(jnp.abs(q)) / z for n, q, z in zip(carry.spikes, spikes, sizes, strict=True)
-        ]
-        # What is only looked at costs no memory in reverse mode.
-        old, now = jax.lax.stop_gradient((carry.states, new))
-
-        def changes() -> list[jax.Array]:
-            return [jnp.abs(b.s - a.s) for a, b in zip(old, now, strict=True)]
-
-        def moved() -> jax.Array:  # made where it is asked for, not in every sweep
-            return _moving(changes())
-
-        if number is None and known:
-            moving = jax.lax.cond(carry.t == last, moved, lambda: zero)
-        else:
-            moving = moved() if number == last or not known else zero
-        seen = None
-        if trace is not None:
-            squares = [
-                jnp.sum((jnp.abs(u) * c) ** 2)
-                for u, c in zip(coordinates.scales, changes(), strict=True)
-            ]
-            emitted = map(jnp.broadcast_to, spikes, [s.shape for s in coordinates.start])
-            seen = trace(
-                Snapshot(
-                    step=carry.t,
-                    state=network.unpack(spec, tuple(state.s for state in new)),
-                    spikes=network.unpack(spec, tuple(emitted)),
-                    signals=network.unpack(spec, tuple(map(signal, new))),
-                    residual=jnp.sqrt(functools.reduce(jnp.add, squares)),
-                )
-            )
-        return Carry(carry.t + 1, new, moving, counts), seen
-
-    if resumed is not None:
-        if known:  # the same for all stragglers: no array of numbers
-            resumed = resumed._replace(t=jnp.asarray(done, jnp.int32))
-        return Sweeps(resumed, (), functools.partial(sweep, full, None), length)
-    states = list(map(neuron.start, coordinates.start, coordinates.start_currents))
-    return Sweeps(
-        Carry(jnp.zeros((), jnp.int32), states, zero, [zero] * depth),
-        tuple(functools.partial(sweep, updates, t) for t, updates in enumerate(opening)),
-        functools.partial(sweep, full, None),
-        length,
-    )
-
-
-def _moving(changes: list[jax.Array]) -> jax.Array:
-    """Fraction of the units that changed by more than `MOVING`."""
-    counts = [jnp.sum(change > MOVING, dtype=change.dtype) for change in changes]
-    return functools.reduce(jnp.add, counts) / sum(change.size for change in changes)
 
 
 def residuals(
@@ -606,24 +125,36 @@ def settle(
     spec: NetworkSpec,
     phases: Phases,
     coordinates: Coordinates,
-    key: jax.Array | None,
+    key: jax.Array | None = None,
     trace: Trace | None = None,
-    resumed: Carry | None = None,
+    straggler: Carry | None = None,
 ) -> Settled:
-    """Run a phase of one example; the arguments are those of `sweeps_of`."""
-    phase = sweeps_of(spec, phases, coordinates, key, trace, resumed)
+    """Run a phase of one example.
+
+    Args:
+        spec: the network.
+        phases: its phases.
+        coordinates: what relaxes.
+        key: random key of a stochastic neuron.
+        trace: see `free_phase`.
+        straggler: how the first sweeps ended, to make the further ones of a straggler.
+    """
+    phase = Relaxation(spec, phases, coordinates, key, trace, straggling=straggler is not None)
     if phases.tolerance is None or trace is not None:
-        return conclude(spec, coordinates, *phase.run())
+        if straggler is not None:  # the same for all of them: no array of numbers
+            made = jnp.asarray(phases.sweeps(coordinates.nudged), jnp.int32)
+            straggler = straggler._replace(t=made)
+        return settled(spec, coordinates, *phase.run(carry=straggler))
     tolerance = phases.tolerance
 
-    def settled(carry: Carry) -> jax.Array:
+    def near(carry: Carry) -> jax.Array:
         readout = tuple(map(spec.neuron.readout, carry.states))
         return largest(residuals(coordinates, readout)) < tolerance
 
-    return conclude(spec, coordinates, phase.run_until(settled))
+    return settled(spec, coordinates, phase.run_until(near, straggler))
 
 
-def conclude(
+def settled(
     spec: NetworkSpec, coordinates: Coordinates, carry: Carry, trace: Any = None
 ) -> Settled:
     """How a phase ended that ended with `carry`."""
@@ -694,7 +225,7 @@ def settle_batch(
     _, slow = jax.lax.top_k(found.info.residual, phases.straggling(batch))
 
     def on(key: jax.Array | None, carry: Carry, *data: Any) -> Settled:
-        return settle(spec, phases, coordinates_of(*data), key, resumed=carry)
+        return settle(spec, phases, coordinates_of(*data), key, straggler=carry)
 
     chosen = jax.tree.map(lambda a: a[slow], (keys, found.carry, *examples))
     return jax.tree.map(lambda all_, some: all_.at[slow].set(some), found, jax.vmap(on)(*chosen))
@@ -749,10 +280,10 @@ def free_phase(
     """
     network.check_example(spec, params, x, start)
     check_phases(spec, phases, key)
-    links = network.link(params, spec)
-    drive = network.input_drive(spec, links, x)
+    prepared = network.prepare(params, spec)
+    drives = network.input_drive(spec, prepared, x)
     packed = None if start is None else network.pack(spec, tuple(start))
-    found = settle(spec, phases, Absolute(spec, links, drive, packed), key, trace)
+    found = settle(spec, phases, Absolute(spec, prepared, drives, packed), key, trace)
     return network.unpack(spec, found.state), found.info
 
 
@@ -776,7 +307,7 @@ def nudged_phase(
         params: parameters of `spec`.
         spec: the network.
         x: one input, floating point, of shape ``spec.input_shape``.
-        y: its target: an integer label, or one-hot ``[classes]``.
+        y: its target: an integer label, or an array of the answer's shape.
         state: the free state, from `free_phase`.
         beta: nudging strength, not 0; it may be traced.
         phases: ``phases.nudged`` sweeps of the kind ``phases.sweep`` in ``phases.coordinates``. One
@@ -801,27 +332,20 @@ def nudged_phase(
     network.check_example(spec, params, x, state)
     check_phases(spec, phases, key)
     check_beta("beta", beta)
-    x = network.as_precise_as(params[0]["w"], x)
+    x = network.as_precise_as(jax.tree.leaves(params)[0], x)
     check_nudge(spec, phases, beta, x.dtype)
-    target = targets(spec, y, x.dtype)
-    links = network.link(params, spec)
-    drive = network.input_drive(spec, links, x)
+    target = network.targets(spec, y, x.dtype)
+    prepared = network.prepare(params, spec)
+    drives = network.input_drive(spec, prepared, x)
     packed = network.pack(spec, tuple(state))
+    nudge = Nudge(beta, lambda s: network.cost_gradient(spec, prepared, s, target))
     if phases.coordinates == "absolute":
-        coordinates = Absolute(spec, links, drive, packed, (target, beta))
+        coordinates = Absolute(spec, prepared, drives, packed, nudge)
         found = settle(spec, phases, coordinates, key, trace)
         return network.unpack(spec, found.state), found.info
-    base = base_of(spec, links, Absolute(spec, links, drive, packed).swept(packed))
-    coordinates = Displacement(spec, links, base, target, beta)
-    found = settle(spec, phases, coordinates, key, trace)
+    base = base_of(spec, prepared, Absolute(spec, prepared, drives, packed).swept(packed))
+    found = settle(spec, phases, Displacement(spec, prepared, base, nudge), key, trace)
     return network.unpack(spec, displaced_state(spec, base, found.state, beta)), found.info
-
-
-def displaced_state(spec: NetworkSpec, base: Base, d: State, beta: jax.Array | float) -> State:
-    """``s_l = s0_l + beta alpha^(L - l) D_l``."""
-    return tuple(
-        s + beta * spec.weight_of(l) * v for l, (s, v) in enumerate(zip(base.state, d, strict=True))
-    )
 
 
 def check_inputs(spec: NetworkSpec, xs: jax.Array) -> None:

@@ -7,16 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ep_jax.dynamics import FAR
 from ep_jax.network import NetworkSpec
 from ep_jax.presets import Config
 from ep_jax.training import StepMetrics
 
-UNSETTLED = {"free": 0.1, "nudged": 0.3}
-"""A phase has not settled whose relative residual, the mean of the images, is above this.
-
-A gradient that is off by a relative .3 is still at a cosine of .95 with the exact one, and it is
-linear in the displacement. The free state decides the answer, and its error enters all of it.
-"""
 DEAD = 1e-4
 """A layer whose mean activity is below this is dead."""
 SATURATED = 0.99
@@ -83,7 +78,7 @@ def complaints(record: Mapping[str, Any], spec: NetworkSpec, config: Config) -> 
         looked_at["nudged"] = ("_nudged", config.phases.nudged)
     for name, (suffix, sweeps) in looked_at.items():
         residual, unsettled = record[f"mean_residual{suffix}"], record[f"unsettled{suffix}"]
-        if residual > (bound := UNSETTLED[name]):
+        if residual > (bound := FAR[name]):
             layers = np.array(record[f"residuals{suffix}"])
             worst = layers >= min(bound, layers.max())
             said[f"{name} phase"] = (

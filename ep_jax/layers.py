@@ -1,103 +1,210 @@
-"""Layers and their linear maps: convolution, pooling, and the folded average pool.
+"""Layers: maps from the state below to what the units of a layer receive.
 
-A layer holds no parameters; it is a hashable description, static under ``jit``. Its affine drive is
-``A(s) = B(s) + b`` with the bias-free linear (for max pooling: positively homogeneous) map ``B``.
-A bias is constant over space, so every pool lets it through unchanged and it is added last.
+A layer holds no parameters; it is a hashable description, static under ``jit``. Its drive is ``A(s)
+= B(s) + b`` with a map ``B`` without bias that is linear in the state, or says that it is not
+(``linear = False``). The bias is constant over space, so it is added once, outside of all loops.
 
-``B`` works on *packed* states. ``pack`` puts the logical ``[H, W, C]`` state below a layer into the
-layout in which that layer reads it most cheaply; ``kernel`` turns the logical weights into the
-matrix that multiplies the patches of a packed state. Both are linear, so the derivative with
-respect to the logical weights and states flows through them.
+A layer of your own is a frozen dataclass that inherits from `Layer`, in any file::
 
-**The folded average pool.** Average pooling of a convolution is itself a convolution: with stride 2
-and the kernel box-filtered to ``k + 1``. After space-to-depth of the state (``[H, W, C]`` to
-``[H/2, W/2, 4 C]``) it becomes a plain stride-1 convolution that needs about a quarter of the
-multiplications and no pooling at all.
+    @dataclass(frozen=True)
+    class Scale(ep_jax.Layer):
+        def output_shape(self, below):
+            return below
+
+        def init(self, key, below, gain, dtype):
+            return {"w": gain * jax.random.normal(key, below, dtype), "b": jnp.zeros(below, dtype)}
+
+        def drive(self, prepared, s):
+            return prepared["w"] * s
+
+That is all: transposes, differences, what an optimiser and a cost of hardware need to know have
+defaults. `Conv` overrides some of them for speed.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ep_jax import convolution
-from ep_jax.checks import check_choice, check_integer
-from ep_jax.convolution import Window
+from ep_jax import maps
+from ep_jax.checks import check_integer
+from ep_jax.maps import Shape, Unit
 
-Shape: TypeAlias = tuple[int, ...]
-
-POOLS = ("avg", "max", None)
-PADDINGS = ("VALID", "SAME")
+LayerParams: TypeAlias = dict[str, jax.Array]
+"""Parameters of one layer by name: ``b`` is the bias, weights of `Conv` and `Dense` are ``w``."""
 
 
-@dataclass(frozen=True)
-class Conv:
-    """A stride-1 convolution followed by a 2x2, stride-2 pool; states are post-pool.
+class Layer:
+    """What the library asks of a layer; three methods have no default.
 
-    Attributes:
-        features: number of output channels.
-        kernel: side of the square kernel.
-        pool: ``"avg"``, ``"max"`` or ``None``.
-        padding: ``"VALID"`` or ``"SAME"`` (zeros, as in ``jax.lax``).
-        fold: fold the average pool into the convolution. The numbers are the same to rounding;
-            ``False`` computes the convolution, then the pool, as the papers write it.
+    States are logical arrays of the shape that `output_shape` of the layer below has said, unless
+    the layer packs them (`pack`).
 
     Example:
-        >>> Conv(32, 5).output_shape((28, 28, 1))
-        (12, 12, 32)
+        >>> class Shift(ep_jax.Layer):
+        ...     def output_shape(self, below):
+        ...         return below
+        ...     def init(self, key, below, gain, dtype):
+        ...         return {"w": jnp.full(below, gain, dtype)}
+        ...     def drive(self, prepared, s):
+        ...         return prepared["w"] * jnp.roll(s, 1)
+        >>> layer = Shift()
+        >>> params = layer.init(jax.random.key(0), (3,), 2.0, jnp.float32)
+        >>> layer.drive(params, jnp.array([1.0, 2.0, 3.0])).tolist()
+        [6.0, 2.0, 4.0]
+        >>> layer.pull(params, jnp.zeros(3), jnp.array([1.0, 0.0, 0.0])).tolist()
+        [0.0, 0.0, 2.0]
     """
 
-    features: int
-    kernel: int
-    pool: Literal["avg", "max"] | None = "avg"
-    padding: Literal["VALID", "SAME"] = "VALID"
-    fold: bool = True
+    linear: bool = True
+    """Whether the drive is linear in the state; a class says ``linear = False`` where it is not.
 
-    def __post_init__(self) -> None:
-        check_integer("Conv.features", self.features, at_least=1)
-        check_integer("Conv.kernel", self.kernel, at_least=1)
-        check_choice("Conv.pool", self.pool, POOLS)
-        check_choice("Conv.padding", self.padding, PADDINGS)
-
-    def weight_shape(self, below: Shape) -> Shape:
-        """HWIO shape of the weights on a state of shape ``below``."""
-        return (self.kernel, self.kernel, below[-1], self.features)
+    What is not linear costs twice the work, and precision in displacement coordinates.
+    """
 
     def output_shape(self, below: Shape) -> Shape:
-        """Logical ``(H, W, C)`` of this layer's state; ``ValueError`` where it does not fit."""
-        if len(below) != 3:
-            raise ValueError(f"{self} needs an input of shape (H, W, C), but what is below it "
-                             f"has shape {below}")  # fmt: skip
-        shrink = self.kernel - 1 if self.padding == "VALID" else 0
-        height, width = below[0] - shrink, below[1] - shrink
-        if height < 1 or width < 1:
-            raise ValueError(f"{self}: the kernel is larger than its input of shape {below}")
-        if self.pool is None:
-            return (height, width, self.features)
-        if height % 2 or width % 2:
-            raise ValueError(
-                f"{self}: pool={self.pool!r} is 2x2 with stride 2 and does not divide the "
-                f"convolution's output of {height}x{width} (input shape {below}); expected even "
-                "sides: change kernel, padding or the input's shape"
-            )
-        return (height // 2, width // 2, self.features)
+        """Shape of the layer's state; ``ValueError`` where one of shape `below` does not fit."""
+        raise NotImplementedError
+
+    def init(self, key: jax.Array, below: Shape, gain: float, dtype: Any) -> LayerParams:
+        """Random parameters, of a size that makes states ``gain`` times those below."""
+        raise NotImplementedError
+
+    def drive(self, prepared: Any, s: jax.Array) -> jax.Array:
+        """``B(s)``: what the units receive from the (packed) state below, without bias."""
+        raise NotImplementedError
+
+    # Defaults.
+
+    def bias(self, params: Mapping[str, jax.Array], below: Shape) -> jax.Array:
+        """The bias of each unit; by default ``b``, for the last axis or for all, or none."""
+        shape = self.output_shape(below)
+        if "b" not in params:
+            return jnp.zeros(shape, jax.tree.leaves(params)[0].dtype)
+        return jnp.broadcast_to(params["b"], shape)
+
+    def prepare(self, params: Mapping[str, jax.Array], below: Shape) -> Any:
+        """The parameters in the form in which `drive` reads them, made once a phase.
+
+        Linear in the parameters; a pytree.
+        """
+        del below
+        return params
+
+    def pack(self, below: Shape, state: jax.Array) -> jax.Array:
+        """A state of shape `below` in the layout in which `drive` reads it; linear."""
+        del below
+        return state
+
+    def unpack(self, below: Shape, packed: jax.Array) -> jax.Array:
+        """The inverse of `pack`."""
+        return packed.reshape(below)
+
+    def pull(self, prepared: Any, here: jax.Array, field: jax.Array) -> jax.Array:
+        """The transpose of the drive's derivative at a packed state `here`: what comes back down.
+
+        Of a linear drive, the shape of `here` is all that is looked at.
+        """
+        return maps.pull(lambda s: self.drive(prepared, s), self.linear, here, field)
+
+    def context(self, prepared: Any, base: jax.Array) -> Any:
+        """What the differences below need to know of the packed state that is displaced."""
+        del prepared
+        return base
+
+    def difference(self, prepared: Any, context: Any, d: jax.Array, unit: Unit) -> jax.Array:
+        """``[B(s + unit d) - B(s)] / unit`` of a drive that is not linear."""
+        return maps.difference(lambda s: self.drive(prepared, s), context, d, unit)
+
+    def pull_difference(
+        self,
+        prepared: Any,
+        context: Any,
+        d: jax.Array,
+        fields: tuple[jax.Array, jax.Array],
+        units: tuple[Unit, Unit],
+    ) -> jax.Array:
+        """The difference of `pull`; see `ep_jax.maps.pull_difference`."""
+        f = lambda s: self.drive(prepared, s)  # noqa: E731
+        return maps.pull_difference(f, context, d, fields, units)
+
+    def matrices(self, params: Mapping[str, Any]) -> dict[str, int]:
+        """Which parameters are matrices: these decay, and Muon's steps are orthogonal in them.
+
+        By default all with two axes or more.
+
+        Returns:
+            For each of them the number of its leading axes that count matrices, usually 0. Of the
+            others, the last is the matrices' output, and all before it are their input.
+        """
+        return {name: 0 for name, value in params.items() if np.ndim(value) > 1}
+
+    def bound(self) -> tuple[Layer, float]:
+        """A linear layer of the same parameters, and a factor: what they bound.
+
+        The drive's difference at two states is at most the factor times the norm of that layer's
+        drive times the states' difference.
+
+        Raises:
+            TypeError: a layer that is not linear does not know one.
+        """
+        if not self.linear:
+            raise TypeError(f"{self} has no method `bound`, which a cap on its norm needs")
+        return self, 1.0
+
+    def connections(self, below: Shape) -> int:
+        """Products of one drive, counted with those that share a weight.
+
+        By default what a drive by ones through weights of ones adds up to.
+        """
+        like = jax.eval_shape(lambda k: self.init(k, below, 1.0, jnp.float32), jax.random.key(0))
+
+        def total() -> jax.Array:
+            weights = jax.tree.map(lambda p: jnp.ones(p.shape, p.dtype), like)
+            ones = self.pack(below, jnp.ones(below))
+            return self.drive(self.prepare(weights, below), ones).sum()
+
+        return round(float(jax.jit(total)()))
+
+    def keep(
+        self, params: LayerParams, below: Shape, alive: np.ndarray, units: np.ndarray
+    ) -> tuple[Layer, LayerParams]:
+        """The layer and its parameters without some units, for `ep_jax.pruning`.
+
+        Args:
+            params: the parameters.
+            below: shape of the state below.
+            alive: which entries of its last axis stay, booleans.
+            units: which entries of this layer's last axis stay.
+
+        Raises:
+            TypeError: the layer does not know how.
+        """
+        raise TypeError(f"{self} cannot lose units; expected a layer with a method `keep`")
+
+
+def uniform(key: jax.Array, shape: Shape, fan_in: int, gain: float, dtype: Any) -> jax.Array:
+    """Uniform weights with standard deviation ``gain / sqrt(fan_in)``."""
+    limit = gain * math.sqrt(3.0 / fan_in)
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Layer):
     """A fully connected layer on the flattened (HWC order) state below.
 
     Attributes:
         features: number of units.
 
     Example:
-        >>> Dense(10).weight_shape((4, 4, 64))
-        (1024, 10)
+        >>> Dense(10).output_shape((4, 4, 64))
+        (10,)
     """
 
     features: int
@@ -105,175 +212,54 @@ class Dense:
     def __post_init__(self) -> None:
         check_integer("Dense.features", self.features, at_least=1)
 
-    def weight_shape(self, below: Shape) -> Shape:
-        """``[in, out]`` shape of the weights on a state of shape ``below``."""
-        return (math.prod(below), self.features)
-
     def output_shape(self, below: Shape) -> Shape:
-        """Shape of this layer's state."""
+        """See `Layer`."""
         del below
         return (self.features,)
 
+    def init(self, key: jax.Array, below: Shape, gain: float, dtype: Any) -> LayerParams:
+        """Weights ``[in, out]`` and biases ``[out]`` of zero."""
+        fan_in = math.prod(below)
+        w = uniform(key, (fan_in, self.features), fan_in, gain, dtype)
+        return {"w": w, "b": jnp.zeros((self.features,), dtype)}
 
-Layer: TypeAlias = Conv | Dense
-
-
-def _folds(layer: Conv) -> bool:
-    return layer.fold and layer.pool == "avg"
-
-
-def _window(layer: Conv, below: Shape) -> Window:
-    """How a convolution gathers its patches from what `_read` makes of the packed state."""
-    before, after = _padding(layer)
-    if not _folds(layer):
-        return Window(layer.kernel, (before, after))
-    pad = (before // 2, (after + 1) // 2) if _blocked(layer, below) else (0, 0)
-    return Window(layer.kernel // 2 + 1, pad)
-
-
-def _padding(layer: Conv) -> tuple[int, int]:
-    """Zeros before and after."""
-    if layer.padding == "VALID":
-        return 0, 0
-    before = (layer.kernel - 1) // 2
-    return before, layer.kernel - 1 - before
-
-
-def _blocked(layer: Layer, below: Shape) -> bool:
-    """Whether the packed layout is space-to-depth: where blocks of two do not straddle windows."""
-    if isinstance(layer, Dense) or not _folds(layer):
-        return False
-    before, _ = _padding(layer)
-    return not (before % 2 or below[0] % 2 or below[1] % 2)
-
-
-def pack(layer: Layer, below: Shape, state: jax.Array) -> jax.Array:
-    """The logical state ``below`` a layer in the layout in which the layer reads it."""
-    if isinstance(layer, Dense):
+    def pack(self, below: Shape, state: jax.Array) -> jax.Array:
+        """See `Layer`: flat."""
+        del below
         return state.reshape(-1)
-    if not _blocked(layer, below):
-        return state
-    return _space_to_depth(state)
+
+    def prepare(self, params: Mapping[str, jax.Array], below: Shape) -> jax.Array:
+        """See `Layer`: the matrix alone."""
+        del below
+        return params["w"]
+
+    def drive(self, prepared: jax.Array, s: jax.Array) -> jax.Array:
+        """See `Layer`."""
+        return s @ prepared
+
+    def pull(self, prepared: jax.Array, here: jax.Array, field: jax.Array) -> jax.Array:
+        """See `Layer`."""
+        del here
+        return field @ prepared.T
+
+    def connections(self, below: Shape) -> int:
+        """See `Layer`.
+
+        Example:
+            >>> Dense(10).connections((4, 4, 64))
+            10240
+        """
+        return math.prod(below) * self.features
+
+    def keep(
+        self, params: LayerParams, below: Shape, alive: np.ndarray, units: np.ndarray
+    ) -> tuple[Dense, LayerParams]:
+        """See `Layer`."""
+        flat = np.broadcast_to(alive, below).reshape(-1)
+        smaller = {"w": params["w"][flat][:, units]}
+        return Dense(int(units.sum())), smaller | kept_bias(params, units)
 
 
-def _space_to_depth(state: jax.Array) -> jax.Array:
-    """``[H, W, C]`` in blocks of two by two: ``[H/2, W/2, 4 C]``."""
-    h, w, c = state.shape
-    blocks = state.reshape(h // 2, 2, w // 2, 2, c).transpose(0, 2, 1, 3, 4)
-    return blocks.reshape(h // 2, w // 2, -1)
-
-
-def _read(layer: Conv, below: Shape, packed: jax.Array) -> jax.Array:
-    """What the window of a convolution slides over: blocks, wherever a pool is folded.
-
-    Where blocks of the state itself would straddle windows, it is framed by zeros first.
-    """
-    if not _folds(layer) or _blocked(layer, below):
-        return packed
-    before, _ = _padding(layer)
-    sides = (2 * (n + layer.kernel // 2) for n in layer.output_shape(below)[:2])
-    frame = [(before, side - before - n) for side, n in zip(sides, below[:2], strict=True)]
-    return _space_to_depth(jnp.pad(packed, (*frame, (0, 0))))
-
-
-def unpack(layer: Layer, below: Shape, packed: jax.Array) -> jax.Array:
-    """The inverse of `pack`."""
-    if _blocked(layer, below):
-        h, w, c = below
-        packed = packed.reshape(h // 2, w // 2, 2, 2, c).transpose(0, 2, 1, 3, 4)
-    return packed.reshape(below)
-
-
-def kernel(layer: Layer, below: Shape, w: jax.Array) -> jax.Array:
-    """The matrix ``[patch, features]`` of a layer's linear map; linear in the weights ``w``."""
-    if isinstance(layer, Dense):
-        return w
-    if not _folds(layer):
-        return w.reshape(-1, layer.features)
-    # pool(conv(s, w)) = conv(s, box * w) with stride 2; box is the 2x2 average.
-    shifts = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in (0, 1) for j in (0, 1)]
-    folded = functools.reduce(jnp.add, [jnp.pad(w, shift) for shift in shifts]) / 4
-    m, c = _window(layer, below).size, below[-1]
-    extra = 2 * m - folded.shape[0]
-    folded = jnp.pad(folded, ((0, extra), (0, extra), (0, 0), (0, 0)))
-    folded = folded.reshape(m, 2, m, 2, c, -1).transpose(0, 2, 1, 3, 4, 5)
-    return folded.reshape(-1, layer.features)
-
-
-def convolve(layer: Layer, below: Shape, matrix: jax.Array, packed: jax.Array) -> jax.Array:
-    """The linear part of a drive: all of it but a pool that is not folded.
-
-    Args:
-        layer: the layer.
-        below: logical shape of the state below it.
-        matrix: what `kernel` made of its weights.
-        packed: the state below, in the layout of `pack`.
-    """
-    if isinstance(layer, Dense):
-        return packed @ matrix
-    return convolution.convolve(_window(layer, below), _read(layer, below, packed), matrix)
-
-
-def adjoint(layer: Layer, below: Shape, matrix: jax.Array, field: jax.Array) -> jax.Array:
-    """The transpose of `convolve` for a fixed `matrix`: from what it returns to a packed state."""
-    if isinstance(layer, Dense):
-        return field @ matrix.T
-    packed = jax.eval_shape(lambda: pack(layer, below, jnp.zeros(below, field.dtype)))
-    read = functools.partial(_read, layer, below)
-    blocks = jax.eval_shape(read, packed).shape
-    told = convolution.transpose(_window(layer, below), blocks, field, matrix)
-    return jax.linear_transpose(read, packed)(told)[0]
-
-
-def connections(layer: Layer, below: Shape) -> int:
-    """Products of one drive, but for those with the zeros that only fill blocks.
-
-    A pool that is left to do comes after four times as many.
-
-    Example:
-        >>> connections(Conv(2, 3), (8, 8, 1)), connections(Conv(2, 3, fold=False), (8, 8, 1))
-        (288, 648)
-    """
-    if isinstance(layer, Dense):
-        return math.prod(layer.weight_shape(below))
-    folds = _folds(layer)
-    height, width, features = layer.output_shape(below)
-    pooled_later = 4 if layer.pool is not None and not folds else 1
-    return pooled_later * height * width * (layer.kernel + folds) ** 2 * below[-1] * features
-
-
-def pool(layer: Layer, convolved: jax.Array) -> jax.Array:
-    """The pool that is left to do on what `convolve` returns."""
-    if isinstance(layer, Dense) or layer.pool is None or _folds(layer):
-        return convolved
-    windows = windows_of(convolved)
-    return windows.mean((1, 3)) if layer.pool == "avg" else windows.max((1, 3))
-
-
-def unpool(layer: Layer, field: jax.Array, shares: jax.Array | None) -> jax.Array:
-    """The transpose of the derivative of `pool`: to each unit what it passed on.
-
-    Args:
-        layer: the layer.
-        field: a value for each unit after the pool.
-        shares: what part of it each unit of a window gets, for a max pool its `winners`; ``None``
-            for a quarter.
-    """
-    if isinstance(layer, Dense) or layer.pool is None or _folds(layer):
-        return field
-    height, width, channels = field.shape
-    if shares is None:
-        shares = jnp.full((height, 2, width, 2, channels), 0.25, field.dtype)
-    return (field[:, None, :, None] * shares).reshape(2 * height, 2 * width, channels)
-
-
-def winners(windows: jax.Array) -> jax.Array:
-    """One-hot winners of each window; equals share, as in the derivative of a maximum."""
-    won = (windows == windows.max((1, 3), keepdims=True)).astype(windows.dtype)
-    return won / won.sum((1, 3), keepdims=True)
-
-
-def windows_of(convolved: jax.Array) -> jax.Array:
-    """``[H, W, C]`` as ``[H/2, 2, W/2, 2, C]``: the windows of the pools are axes 1 and 3."""
-    h, w, c = convolved.shape
-    return convolved.reshape(h // 2, 2, w // 2, 2, c)
+def kept_bias(params: LayerParams, units: np.ndarray) -> LayerParams:
+    """The biases of some units; a skip has none."""
+    return {"b": params["b"][units]} if "b" in params else {}

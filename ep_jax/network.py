@@ -1,44 +1,139 @@
 """The network: its specification, parameters, primitive function, energy and currents.
 
-Everything is written for one example; ``jax.vmap`` adds the batch. With layer states
-``s_1 ... s_L``, the static input ``s_0 = x``, the affine drives ``A_l`` of `ep_jax.layers` and the
-feedback strength ``alpha`` in (0, 1]:
+Everything is written for one example; ``jax.vmap`` adds the batch. A network is a graph of *edges*:
+each layer is one from the state below it, and a skip is one from a lower state to a higher. With
+layer states ``s_1 ... s_L``, the static input ``s_0 = x``, the maps ``A_e`` of `ep_jax.layers`, an
+edge's source ``l(e)`` and target ``m(e)``, and the feedback strength ``alpha`` in (0, 1]:
 
-    Phi(theta, x, s) = sum_l alpha^(l - L) <A_l(s_{l-1}), s_l>          (primitive function)
-    E(theta, x, s)   = sum_l alpha^(l - L) 1/2 |s_l|^2 - Phi            (energy)
-    I_l(s)           = alpha^(L - l) dPhi/ds_l = A_l(s_{l-1}) + alpha A_{l+1}^T(s_{l+1})
+    Phi(theta, x, s) = sum_e alpha^(m - L) <A_e(s_l), s_m>              (primitive function)
+    E(theta, x, s)   = sum_m alpha^(m - L) 1/2 |s_m|^2 - Phi            (energy)
+    I_m(s)           = alpha^(L - m) dPhi/ds_m
+                     = sum_{e to m} A_e(s_l) + sum_{e from m} alpha^(m' - m) A_e^T(s_m')
 
-So layer ``l`` hears the layer above attenuated by ``alpha``, and the network still has an energy.
+So a layer hears those above attenuated by ``alpha`` a layer, and the network still has an energy.
 ``alpha = 1`` is the network of Ernoult et al. (NeurIPS 2019) and of Lin, Bal & Sengupta (ICONS
 2024); ``alpha -> 0`` is back-propagation (Xie & Seung, Neural Computation 2003).
 
-With ``cost="cross_entropy"`` the last layer of the spec is a read-out outside the dynamics, and
-``L`` is the layer below it.
+With a read-out the last layer of the spec is outside the dynamics, and ``L`` is the layer below it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ep_jax import layers as ops
-from ep_jax.checks import check_choice, check_float_array, check_integer, check_number
-from ep_jax.layers import Conv, Dense, Layer, Shape
-from ep_jax.neurons import DeltaCode, Neuron
-
-COSTS = ("squared_error", "cross_entropy")
-
-
-LayerParams: TypeAlias = dict[str, jax.Array]
-"""Parameters of one layer: ``w`` (convolution HWIO, dense ``[in, out]``) and ``b`` ``[out]``."""
+from ep_jax.checks import check_choice, check_float_array, check_integer, check_number, known
+from ep_jax.costs import COSTS, Cost, gradient
+from ep_jax.layers import Layer, LayerParams
+from ep_jax.maps import Shape, Unit
+from ep_jax.neurons import ACTIVATIONS, Activation, DeltaCode, Neuron
 
 Params: TypeAlias = tuple[LayerParams, ...]
+"""Parameters of the layers, then of the skips."""
 State: TypeAlias = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A connection from one layer's state to that of a layer further up.
+
+    Attributes:
+        source: number of the layer that it comes from; 0 is the input.
+        target: number of the layer that it goes to, from 1; two more than `source` at least.
+        layer: the map; its output has the shape of the target's state. It has no bias of its own.
+
+    Example:
+        >>> around = Skip(1, 3, Dense(10))
+        >>> spec = NetworkSpec((8,), (Dense(16), Dense(16), Dense(10)), skips=(around,))
+        >>> [p["w"].shape for p in init_params(jax.random.key(0), spec)]
+        [(8, 16), (16, 16), (16, 10), (16, 10)]
+    """
+
+    source: int
+    target: int
+    layer: Layer
+
+    def __post_init__(self) -> None:
+        check_integer("Skip.source", self.source, at_least=0)
+        check_integer("Skip.target", self.target, at_least=1)
+        if self.target < self.source + 2:
+            raise ValueError(f"Skip.target is {self.target} with source {self.source}; expected "
+                             f"{self.source + 2} or more: between neighbours there is a layer "
+                             "already")  # fmt: skip
+        if not isinstance(self.layer, Layer):
+            raise TypeError(f"Skip.layer is {self.layer!r}; expected a layer such as ep_jax.Conv")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a network takes its inputs as: ``(x - mean) / std``, along their last axis.
+
+    Attributes:
+        mean: a number for each channel (or feature), or one for all.
+        std: likewise, positive.
+
+    Example:
+        >>> Normalization(mean=(0.5,), std=(0.25,))(jnp.array([0.25, 1.0])).tolist()
+        [-1.0, 2.0]
+    """
+
+    mean: tuple[float, ...] | float = (0.0,)
+    std: tuple[float, ...] | float = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            values = tuple(values) if isinstance(values, Sequence | np.ndarray) else (values,)
+            object.__setattr__(self, name, values)
+            for value in values:
+                check_number(f"Normalization.{name}", value, above=least)
+            if not values:
+                raise ValueError(f"Normalization.{name} is (); expected at least one number")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The inputs ``x [..., channels]`` as the network takes them."""
+        if self == Normalization():
+            return x
+        mean, std = (jnp.asarray(values, x.dtype) for values in (self.mean, self.std))
+        return (x - mean) / std
+
+    def check(self, input_shape: Shape) -> None:
+        """Raise where inputs of a shape have another number of channels."""
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) not in (1, input_shape[-1]):
+                raise ValueError(f"normalization.{name} is {values}; expected 1 number, or "
+                                 f"{input_shape[-1]} for inputs {input_shape}")  # fmt: skip
+
+
+class Edge(NamedTuple):
+    """A map from one state to another one.
+
+    Attributes:
+        number: its place in `NetworkSpec.edges`.
+        params_index: that of its parameters in `Params`.
+        source: 0-based number of the layer that it comes from; -1 is the input.
+        target: 0-based number of the layer that it goes to.
+        layer: the map.
+    """
+
+    number: int
+    params_index: int
+    source: int
+    target: int
+    layer: Layer
+
+    @property
+    def skips(self) -> bool:
+        """Whether it does not come from the layer below."""
+        return self.target > self.source + 1
 
 
 @dataclass(frozen=True)
@@ -47,11 +142,16 @@ class NetworkSpec:
 
     Attributes:
         input_shape: ``(H, W, C)`` or ``(N,)`` of one input.
-        layers: `Conv` layers, then `Dense` layers; the last one is `Dense`, a unit a class.
+        layers: the layers from the input up.
         neuron: the neuron model of every layer.
-        cost: ``"squared_error"`` (the last layer is part of the dynamics, linear) or
-            ``"cross_entropy"`` (the last layer is a softmax read-out outside the dynamics).
+        cost: ``"squared_error"``, ``"cross_entropy"`` or your own (`ep_jax.costs`).
         feedback: the feedback strength alpha in (0, 1].
+        skips: connections between layers that are no neighbours.
+        readout: whether the last layer is a linear read-out outside the dynamics; by default with
+            ``cost="cross_entropy"`` alone.
+        output: activation of the last layer inside the dynamics; by default ``"linear"``, and the
+            neurons' own below a read-out.
+        normalization: what the inputs are taken as.
 
     Raises:
         ValueError, TypeError: naming the argument, where the layers do not fit each other.
@@ -65,31 +165,57 @@ class NetworkSpec:
     input_shape: Shape
     layers: tuple[Layer, ...]
     neuron: Neuron = field(default_factory=DeltaCode)
-    cost: Literal["squared_error", "cross_entropy"] = "squared_error"
+    cost: str | Cost = "squared_error"
     feedback: float = 1.0
+    skips: tuple[Skip, ...] = ()
+    readout: bool | None = None
+    output: str | None = None
+    normalization: Normalization = Normalization()
 
     def __post_init__(self) -> None:
-        for name in ("input_shape", "layers"):
+        for name, optional in (("input_shape", False), ("layers", False), ("skips", True)):
             value = getattr(self, name)
-            if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-                raise TypeError(f"{name} is {value!r}; expected a non-empty tuple")
+            if not isinstance(value, Sequence) or isinstance(value, str) or not (value or optional):
+                kind = "tuple" if optional else "non-empty tuple"
+                raise TypeError(f"{name} is {value!r}; expected a {kind}")
             object.__setattr__(self, name, tuple(value))  # a list would not be hashable
         for size in self.input_shape:
             check_integer("input_shape", size, at_least=1)
         for layer in self.layers:
-            if not isinstance(layer, Conv | Dense):
-                raise TypeError(f"layers holds {layer!r}; expected ep_jax.Conv or ep_jax.Dense")
-        if not isinstance(self.layers[-1], Dense):
-            raise ValueError(f"layers ends with {self.layers[-1]}; expected Dense(classes)")
+            if not isinstance(layer, Layer):
+                raise TypeError(f"layers holds {layer!r}; expected layers such as ep_jax.Conv or "
+                                "ep_jax.Dense")  # fmt: skip
+        for skip in self.skips:
+            if not isinstance(skip, Skip):
+                raise TypeError(f"skips holds {skip!r}; expected ep_jax.Skip")
         if not isinstance(self.neuron, Neuron):
             raise TypeError(f"neuron is {self.neuron!r}; expected a neuron model such as "
                             "ep_jax.Rate() or ep_jax.DeltaCode()")  # fmt: skip
-        check_choice("cost", self.cost, COSTS)
+        if not callable(self.cost):
+            check_choice("cost", self.cost, COSTS)
         check_number("feedback", self.feedback, above=0.0, at_most=1.0)
-        if self.cost == "cross_entropy" and len(self.layers) < 2:
-            raise ValueError("layers holds one layer; expected two or more with "
-                             "cost='cross_entropy', whose read-out has no state")  # fmt: skip
+        check_choice("readout", self.readout, (None, True, False))
+        if self.output is not None:
+            check_choice("output", self.output, ACTIVATIONS)
+        if not isinstance(self.normalization, Normalization):
+            raise TypeError(f"normalization is {self.normalization!r}; expected "
+                            "ep_jax.Normalization")  # fmt: skip
+        self.normalization.check(self.input_shape)
+        if not self.depth:
+            raise ValueError("layers holds one layer; expected two or more with a read-out (that of"
+                             " cost='cross_entropy'), which has no state")  # fmt: skip
         _ = self.shapes  # raises where a layer does not fit the one below it
+        for skip in self.skips:
+            if skip.target > self.depth:
+                raise ValueError(f"skips holds {skip}; expected a target of at most {self.depth}, "
+                                 "the last layer inside the dynamics")  # fmt: skip
+            found, wanted = (
+                skip.layer.output_shape(self.shapes[skip.source]),
+                self.shapes[skip.target],
+            )
+            if found != wanted:
+                raise ValueError(f"skips holds {skip}, whose output has shape {found}; expected "
+                                 f"{wanted}, that of layer {skip.target}")  # fmt: skip
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -100,9 +226,14 @@ class NetworkSpec:
         return tuple(shapes)
 
     @property
+    def has_readout(self) -> bool:
+        """Whether the last layer is outside the dynamics."""
+        return self.cost == "cross_entropy" if self.readout is None else self.readout
+
+    @property
     def depth(self) -> int:
         """``L``, the number of layers inside the dynamics."""
-        return len(self.layers) - (self.cost == "cross_entropy")
+        return len(self.layers) - self.has_readout
 
     @property
     def state_shapes(self) -> tuple[Shape, ...]:
@@ -110,17 +241,48 @@ class NetworkSpec:
         return self.shapes[1 : self.depth + 1]
 
     @property
+    def output_shape(self) -> Shape:
+        """Shape of an answer."""
+        return self.shapes[-1]
+
+    @property
     def classes(self) -> int:
-        """Number of classes, the size of a one-hot target."""
-        return self.layers[-1].features
+        """Number of classes: of the units of an answer that is a vector."""
+        return self.output_shape[-1]
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """The maps inside the dynamics: those of the layers, then the skips."""
+        ends = [(l, l - 1, l, self.layers[l]) for l in range(self.depth)]
+        ends += [
+            (len(self.layers) + k, skip.source - 1, skip.target - 1, skip.layer)
+            for k, skip in enumerate(self.skips)
+        ]
+        return tuple(Edge(number, *of) for number, of in enumerate(ends))
+
+    @property
+    def links(self) -> tuple[Edge, ...]:
+        """The edges between layers: all but those from the input."""
+        return tuple(edge for edge in self.edges if edge.source >= 0)
 
     def weight_of(self, layer: int) -> float:
         """``alpha^(L - l)`` of layer ``l`` (0-based): how much of the nudge reaches it."""
         return float(self.feedback) ** (self.depth - 1 - layer)
 
+    def attenuation(self, edge: Edge) -> float:
+        """``alpha^(m - l)`` of an edge: how much of its target its source hears."""
+        return float(self.feedback) ** (edge.target - edge.source)
+
+    def activation(self, layer: int) -> Activation:
+        """The activation of layer ``l`` (0-based)."""
+        name = self.neuron.activation
+        if layer == self.depth - 1:
+            name = self.output or (name if self.has_readout else "linear")
+        return ACTIVATIONS[name]
+
 
 def init_params(
-    key: jax.Array, spec: NetworkSpec, gain: float = 0.5, dtype: jnp.dtype | type = jnp.float32
+    key: jax.Array, spec: NetworkSpec, gain: float = 0.5, dtype: Any = jnp.float32
 ) -> Params:
     """Random parameters: weights uniform with standard deviation ``gain / sqrt(fan_in)``, no bias.
 
@@ -132,7 +294,7 @@ def init_params(
         dtype: floating-point type of the parameters.
 
     Returns:
-        A tuple over layers of ``{"w", "b"}``.
+        A tuple over layers, then over skips, of dictionaries: ``{"w", "b"}`` of `Conv` and `Dense`.
 
     Example:
         >>> params = init_params(jax.random.key(0), NetworkSpec((8,), (Dense(4), Dense(2))))
@@ -140,35 +302,51 @@ def init_params(
         [(8, 4), (4, 2)]
     """
     check_number("gain", gain, above=0.0)
-    params = []
-    for layer, below, k in zip(
-        spec.layers, spec.shapes, jax.random.split(key, len(spec.layers)), strict=False
-    ):
-        shape = layer.weight_shape(below)
-        limit = gain * math.sqrt(3.0 / math.prod(shape[:-1]))
-        w = jax.random.uniform(k, shape, dtype, -limit, limit)
-        params.append({"w": w, "b": jnp.zeros((layer.features,), dtype)})
+    keys = jax.random.split(key, len(spec.layers))
+    params = [
+        layer.init(k, below, gain, dtype)
+        for layer, below, k in zip(spec.layers, spec.shapes, keys, strict=False)
+    ]
+    for number, skip in enumerate(spec.skips):
+        own = jax.random.fold_in(key, number)
+        params.append(_without_bias(skip.layer.init(own, spec.shapes[skip.source], gain, dtype)))
     return tuple(params)
+
+
+def _without_bias(params: LayerParams) -> LayerParams:
+    return {name: value for name, value in params.items() if name != "b"}
 
 
 def check_params(spec: NetworkSpec, params: Params) -> None:
     """Raise where `params` does not belong to `spec`."""
-    if not isinstance(params, tuple | list) or len(params) != len(spec.layers):
-        count = len(params) if isinstance(params, tuple | list) else type(params).__name__
-        raise ValueError(f"params holds {count} layers; expected a tuple of {len(spec.layers)} "
-                         "layers of {'w', 'b'}, as from ep_jax.init_params")  # fmt: skip
-    for i, (layer, below, p) in enumerate(zip(spec.layers, spec.shapes, params, strict=False)):
-        if not hasattr(p, "keys") or set(p.keys()) != {"w", "b"}:
-            raise ValueError(f"params[{i}] is {type(p).__name__}; expected a dict of 'w' and 'b'")
-        check_float_array(f"params[{i}]['w']", p["w"], layer.weight_shape(below))
-        check_float_array(f"params[{i}]['b']", p["b"], (layer.features,))
-        for name in ("w", "b"):
-            found, first = (
-                jax.dtypes.canonicalize_dtype(q.dtype) for q in (p[name], params[0]["w"])
-            )
-            if found != first:
-                raise TypeError(f"params[{i}]['{name}'] has dtype {found}; expected {first}, as "
-                                "params[0]['w']: one precision for all")  # fmt: skip
+    count = len(spec.layers) + len(spec.skips)
+    if not isinstance(params, tuple | list) or len(params) != count:
+        found = len(params) if isinstance(params, tuple | list) else type(params).__name__
+        raise ValueError(f"params holds {found} layers; expected a tuple of {count} layers (the "
+                         "skips' come last), as from ep_jax.init_params")  # fmt: skip
+    first = None
+    for i, (p, wanted) in enumerate(zip(params, parameters_of(spec), strict=True)):
+        names = ", ".join(map(repr, sorted(wanted, reverse=True)))
+        if not hasattr(p, "keys") or set(p.keys()) != wanted.keys():
+            raise ValueError(f"params[{i}] is {type(p).__name__}; expected a dict of {names}")
+        for name, like in wanted.items():
+            check_float_array(f"params[{i}][{name!r}]", p[name], like.shape)
+            found = jax.dtypes.canonicalize_dtype(p[name].dtype)
+            first = first or (f"params[{i}][{name!r}]", found)
+            if found != first[1]:
+                raise TypeError(f"params[{i}][{name!r}] has dtype {found}; expected {first[1]}, as "
+                                f"{first[0]}: one precision for all")  # fmt: skip
+
+
+@functools.cache
+def parameters_of(spec: NetworkSpec) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+    """What parameters there are, of each layer and then of each skip."""
+    return jax.eval_shape(lambda key: init_params(key, spec), jax.random.key(0))
+
+
+def precision_of(params: Params) -> jnp.dtype:
+    """The precision that all parameters have."""
+    return jax.tree.leaves(params)[0].dtype
 
 
 def check_state(spec: NetworkSpec, state: State) -> None:
@@ -181,95 +359,163 @@ def check_state(spec: NetworkSpec, state: State) -> None:
         check_float_array(f"state[{i}]", s, shape)
 
 
-# Working form: packed layouts and kernel matrices, made once a phase, never in a loop.
+# Prepared form: packed layouts and matrices, made once a phase, never in a loop.
 
 
-class Links(NamedTuple):
-    """The parameters in working form; a pytree, linear in the parameters.
+class Prepared(NamedTuple):
+    """The parameters as the dynamics read them; a pytree, linear in the parameters.
 
     Attributes:
-        matrices: the kernel matrix of each layer (`ep_jax.layers.kernel`).
+        maps: what each edge's layer has prepared, in the order of ``spec.edges``.
         biases: the bias of each layer inside the dynamics, packed like its state.
-        readout: the parameters of a read-out outside the dynamics, or ``None``.
+        readout: the parameters of a read-out, or ``None``.
     """
 
-    matrices: tuple[jax.Array, ...]
+    maps: tuple[Any, ...]
     biases: State
     readout: LayerParams | None
 
 
-def link(params: Params, spec: NetworkSpec) -> Links:
-    """The parameters in working form."""
-    inside = range(spec.depth)
-    matrices = tuple(ops.kernel(spec.layers[l], spec.shapes[l], params[l]["w"]) for l in inside)
-    biases = tuple(jnp.broadcast_to(params[l]["b"], spec.state_shapes[l]) for l in inside)
-    readout = params[-1] if spec.depth < len(spec.layers) else None
-    return Links(matrices, pack(spec, biases), readout)
+def prepare(params: Params, spec: NetworkSpec) -> Prepared:
+    """The parameters in prepared form."""
+    maps = tuple(
+        edge.layer.prepare(params[edge.params_index], spec.shapes[edge.source + 1])
+        for edge in spec.edges
+    )
+    biases = tuple(spec.layers[l].bias(params[l], spec.shapes[l]) for l in range(spec.depth))
+    readout = params[spec.depth] if spec.has_readout else None
+    return Prepared(maps, pack(spec, biases), readout)
 
 
 def pack(spec: NetworkSpec, state: State) -> State:
     """Each layer's state in the layout in which the layer above it reads it."""
-    above = spec.layers[1 : spec.depth]
-    packed = [ops.pack(layer, s.shape, s) for layer, s in zip(above, state, strict=False)]
-    return (*packed, state[-1])
+    return tuple(pack_layer(spec, l, s) for l, s in enumerate(state))
 
 
 def unpack(spec: NetworkSpec, packed: State) -> State:
     """The inverse of `pack`."""
-    above, shapes = spec.layers[1 : spec.depth], spec.state_shapes
-    state = [ops.unpack(a, h, p) for a, h, p in zip(above, shapes, packed, strict=False)]
-    return (*state, packed[-1])
+    return tuple(unpack_layer(spec, l, s) for l, s in enumerate(packed))
 
 
-def drive(spec: NetworkSpec, links: Links, l: int, below: jax.Array) -> jax.Array:
-    """The bias-free drive of layer ``l`` (0-based) by the packed state below it, packed."""
-    return _packed(spec, l, ops.pool(spec.layers[l], _convolve(spec, links, l, below)))
+def pack_layer(spec: NetworkSpec, l: int, state: jax.Array) -> jax.Array:
+    """A state of layer ``l`` (0-based) as the layer above it reads it; the last one as it is."""
+    return spec.layers[l + 1].pack(state.shape, state) if l + 1 < spec.depth else state
 
 
-def _convolve(spec: NetworkSpec, links: Links, l: int, below: jax.Array) -> jax.Array:
-    return ops.convolve(spec.layers[l], spec.shapes[l], links.matrices[l], below)
+def unpack_layer(spec: NetworkSpec, l: int, packed: jax.Array) -> jax.Array:
+    """The inverse of `pack_layer`."""
+    shape = spec.state_shapes[l]
+    return spec.layers[l + 1].unpack(shape, packed) if l + 1 < spec.depth else packed
 
 
-def _packed(spec: NetworkSpec, l: int, state: jax.Array) -> jax.Array:
-    """A logical state of layer ``l`` as the layer above it reads it."""
-    return ops.pack(spec.layers[l + 1], state.shape, state) if l + 1 < spec.depth else state
+# What an edge says, in both directions. All states are packed; `_read` and `_told` turn to the
+# layout of a skip, which need not be that of the layer above.
 
 
-def feedback(
-    spec: NetworkSpec, links: Links, l: int, here: jax.Array, above: jax.Array
+def _read(spec: NetworkSpec, edge: Edge, below: jax.Array) -> jax.Array:
+    if not edge.skips:
+        return below
+    return edge.layer.pack(spec.state_shapes[edge.source], unpack_layer(spec, edge.source, below))
+
+
+def _told(spec: NetworkSpec, edge: Edge, back: jax.Array) -> jax.Array:
+    if not edge.skips:
+        return back
+    logical = edge.layer.unpack(spec.state_shapes[edge.source], back)
+    return pack_layer(spec, edge.source, logical)
+
+
+def drive(spec: NetworkSpec, prepared: Prepared, edge: Edge, below: jax.Array) -> jax.Array:
+    """``A_e(s_l)``, without bias: what an edge's target receives."""
+    said = edge.layer.drive(prepared.maps[edge.number], _read(spec, edge, below))
+    return pack_layer(spec, edge.target, said)
+
+
+def pull(
+    spec: NetworkSpec, prepared: Prepared, edge: Edge, here: jax.Array, above: jax.Array
 ) -> jax.Array:
-    """The adjoint of the drive of layer ``l + 1`` at the state `here` of layer ``l``.
+    """``A_e^T(s_m)``: what an edge's source hears of its target.
 
-    It is ``d <A_{l+1}(s_l), s_{l+1}> / d s_l``. Only a max pool depends on `here`: it routes what
-    comes from above to the unit that won; the adjoint of an average pool spreads it evenly.
+    It is ``d <A_e(s_l), s_m> / d s_l``, which depends on the state `here` of the source only where
+    the layer is not linear.
     """
-    shares = None
-    if not is_linear(spec.layers[l + 1]):
-        shares = ops.winners(ops.windows_of(_convolve(spec, links, l + 1, here)))
-    return _adjoint(spec, links, l + 1, _unpool(spec, l + 1, above, shares))
+    field = unpack_layer(spec, edge.target, above)
+    back = edge.layer.pull(prepared.maps[edge.number], _read(spec, edge, here), field)
+    return _told(spec, edge, back)
 
 
-def _unpool(spec: NetworkSpec, l: int, state: jax.Array, shares: jax.Array | None) -> jax.Array:
-    """`ep_jax.layers.unpool` of a packed state of layer ``l``."""
-    if l + 1 < spec.depth:
-        state = ops.unpack(spec.layers[l + 1], spec.state_shapes[l], state)
-    return ops.unpool(spec.layers[l], state, shares)
+def context(spec: NetworkSpec, prepared: Prepared, edge: Edge, base: jax.Array) -> Any:
+    """What a displacement of `base`, below an edge, needs to know; ``None`` where it is linear."""
+    if edge.layer.linear:
+        return None
+    return edge.layer.context(prepared.maps[edge.number], _read(spec, edge, base))
 
 
-def _adjoint(spec: NetworkSpec, links: Links, l: int, field: jax.Array) -> jax.Array:
-    """The transpose of `_convolve`."""
-    return ops.adjoint(spec.layers[l], spec.shapes[l], links.matrices[l], field)
+def drive_difference(
+    spec: NetworkSpec, prepared: Prepared, edge: Edge, d: jax.Array, context: Any, unit: Unit
+) -> jax.Array:
+    """``[A_e(s0 + unit d) - A_e(s0)] / unit`` for the displacement `d` of an edge's source."""
+    if edge.layer.linear:
+        return drive(spec, prepared, edge, d)
+    of = prepared.maps[edge.number]
+    return pack_layer(
+        spec, edge.target, edge.layer.difference(of, context, _read(spec, edge, d), unit)
+    )
 
 
-def is_linear(layer: Layer) -> bool:
-    """Whether a layer's drive is affine (all but max pooling)."""
-    return not (isinstance(layer, Conv) and layer.pool == "max")
+def pull_difference(
+    spec: NetworkSpec,
+    prepared: Prepared,
+    edge: Edge,
+    d: jax.Array,
+    above: tuple[jax.Array, jax.Array],
+    context: Any,
+    units: tuple[Unit, Unit],
+) -> jax.Array:
+    """The difference of `pull`, in units of the edge's target.
+
+    Args:
+        spec: the network.
+        prepared: its parameters.
+        edge: the edge.
+        d: the displacement of its source.
+        above: displacement and base of its target.
+        context: see `context`.
+        units: those of source and target.
+    """
+    if edge.layer.linear:
+        return pull(spec, prepared, edge, d, above[0])
+    moved, base = (unpack_layer(spec, edge.target, v) for v in above)
+    back = edge.layer.pull_difference(
+        prepared.maps[edge.number], context, _read(spec, edge, d), (moved, base), units
+    )
+    return _told(spec, edge, back)
 
 
-def input_drive(spec: NetworkSpec, links: Links, x: jax.Array) -> jax.Array:
-    """The bias-free drive of the first layer by the input: constant, so once an example."""
-    x = as_precise_as(links.matrices[0], x)
-    return drive(spec, links, 0, ops.pack(spec.layers[0], spec.input_shape, x))
+def input_drive(
+    spec: NetworkSpec, prepared: Prepared, x: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    """What the input says to each layer, without bias: constant, so once an example.
+
+    A tuple over layers, with ``None`` for those that it says nothing to.
+    """
+    x = spec.normalization(as_precise_as(prepared.biases[0], x))
+    drives: list[jax.Array | None] = [None] * spec.depth
+    for edge in spec.edges:
+        if edge.source < 0:
+            packed = edge.layer.pack(spec.input_shape, x)
+            said = edge.layer.drive(prepared.maps[edge.number], packed)
+            said = pack_layer(spec, edge.target, said)
+            before = drives[edge.target]
+            drives[edge.target] = said if before is None else before + said
+    return tuple(drives)
+
+
+def external(prepared: Prepared, drives: tuple[jax.Array | None, ...]) -> State:
+    """Input and bias of each layer."""
+    return tuple(
+        b if drive is None else b + drive for b, drive in zip(prepared.biases, drives, strict=True)
+    )
 
 
 def as_precise_as(weights: jax.Array, x: jax.Array) -> jax.Array:
@@ -279,132 +525,71 @@ def as_precise_as(weights: jax.Array, x: jax.Array) -> jax.Array:
     return x.astype(precision)
 
 
-def current(
+def feedback(spec: NetworkSpec, prepared: Prepared, state: State) -> State:
+    """What each layer hears from those above it, attenuated."""
+    heard = list(map(jnp.zeros_like, state))
+    for edge in spec.links:
+        l = edge.source
+        above = pull(spec, prepared, edge, state[l], state[edge.target])
+        heard[l] = heard[l] + spec.attenuation(edge) * above
+    return tuple(heard)
+
+
+def currents(spec: NetworkSpec, prepared: Prepared, state: State) -> State:
+    """What each layer receives from the others, without input and bias."""
+    total = list(feedback(spec, prepared, state))
+    for edge in spec.links:
+        below = drive(spec, prepared, edge, state[edge.source])
+        total[edge.target] = total[edge.target] + below
+    return tuple(total)
+
+
+def pass_from_below(
     spec: NetworkSpec,
-    links: Links,
-    l: int,
-    signals: State,
-    from_below: float = 1.0,
-    from_above: float = 1.0,
-) -> jax.Array:
-    """What layer ``l`` receives from its neighbours' packed signals, without input and bias.
-
-    ``from_below * A'_l(m_{l-1}) + from_above * A_{l+1}^T(m_{l+1})``; a factor of 0 costs nothing.
-    """
-    total = jnp.zeros_like(signals[l])
-    if l > 0 and from_below != 0:
-        total = total + from_below * drive(spec, links, l, signals[l - 1])
-    if l + 1 < spec.depth and from_above != 0:
-        total = total + from_above * feedback(spec, links, l, signals[l], signals[l + 1])
-    return total
-
-
-def currents(
-    spec: NetworkSpec, links: Links, signals: State, from_below: float, from_above: float
+    prepared: Prepared,
+    drives: tuple[jax.Array | None, ...],
+    heard: State | None = None,
 ) -> State:
-    """`current` of every layer."""
-    return tuple(
-        current(spec, links, l, signals, from_below, from_above) for l in range(spec.depth)
-    )
-
-
-# Differences of drives and adjoints under a displacement ``s_l = s0_l + beta_l D_l`` of the state,
-# without cancellation. An affine map acts on D alone. Of a max pool, the winners move as well.
-
-
-def behind(spec: NetworkSpec, links: Links, l: int, below: jax.Array) -> jax.Array | None:
-    """How far each unit is behind the winner of its window in the max pool of layer ``l``.
-
-    ``z_i - max_j z_j <= 0`` with ``z`` the convolution before the pool; ``None`` without max pool.
-    """
-    if is_linear(spec.layers[l]):
-        return None
-    windows = ops.windows_of(_convolve(spec, links, l, below))
-    return windows - windows.max((1, 3), keepdims=True)
-
-
-def drive_difference(
-    spec: NetworkSpec,
-    links: Links,
-    l: int,
-    d: jax.Array,
-    behind: jax.Array | None,
-    unit: jax.Array | float,
-) -> jax.Array:
-    """``[A_l(s0 + unit d) - A_l(s0)] / unit`` for the displacement `d` of the layer below.
-
-    For a max pool ``max_i(z'_i + behind_i / unit)``, with ``z'`` the convolution of `d` (the
-    minimum for a negative unit).
-    """
-    if behind is None:
-        return drive(spec, links, l, d)
-    sign = jnp.sign(unit)
-    return _packed(spec, l, sign * (sign * _contest(spec, links, l, d, behind, unit)).max((1, 3)))
-
-
-def feedback_difference(
-    spec: NetworkSpec,
-    links: Links,
-    l: int,
-    d: jax.Array,
-    above: tuple[jax.Array, jax.Array],
-    behind: jax.Array | None,
-    units: tuple[jax.Array | float, jax.Array | float],
-) -> jax.Array:
-    """The difference of `feedback` to layer ``l``, in units of layer ``l + 1``.
-
-    For a max pool ``conv^T(w D_{l+1} + (w - w0) s0_{l+1} / beta_{l+1})``, with ``w`` and ``w0`` the
-    one-hot winners of each window now and at ``s0``.
+    """One pass of rate neurons, bottom-up, under a feedback that is held; by default under none.
 
     Args:
         spec: the network.
-        links: its parameters.
-        l: number of the layer.
-        d: its displacement.
-        above: displacement ``D_{l+1}`` and base ``s0_{l+1}`` of the layer above, packed.
-        behind: see `behind`, of the layer above.
-        units: ``beta_l`` and ``beta_{l+1}``.
+        prepared: its parameters.
+        drives: what the input says, see `input_drive`.
+        heard: what each layer hears from those above it, as `feedback` makes it.
     """
-    moved, base = above
-    if behind is None:
-        return feedback(spec, links, l, d, moved)
-    unit, unit_above = units
-    now = ops.winners(jnp.sign(unit) * _contest(spec, links, l + 1, d, behind, unit))
-
-    field = _unpool(spec, l + 1, moved, now)
-    field = field + _unpool(spec, l + 1, base / unit_above, now - ops.winners(behind))
-    return _adjoint(spec, links, l + 1, field)
-
-
-def _contest(
-    spec: NetworkSpec,
-    links: Links,
-    l: int,
-    d: jax.Array,
-    behind: jax.Array,
-    unit: jax.Array | float,
-) -> jax.Array:
-    """Who wins in the windows of a max pool, in units of the displacement `d` below it."""
-    return ops.windows_of(_convolve(spec, links, l, d)) + behind / unit
+    state: list[jax.Array] = []
+    for l, total in enumerate(external(prepared, drives)):
+        if heard is not None:
+            total = total + heard[l]
+        for edge in spec.links:
+            if edge.target == l:
+                total = total + drive(spec, prepared, edge, state[edge.source])
+        state.append(spec.activation(l).apply(total))
+    return tuple(state)
 
 
-def working_phi(spec: NetworkSpec, links: Links, x: jax.Array, packed: State) -> jax.Array:
+def prepared_phi(spec: NetworkSpec, prepared: Prepared, x: jax.Array, packed: State) -> jax.Array:
     """`phi` of a packed state: the one place where Phi is written."""
     total = jnp.zeros((), packed[-1].dtype)
+    own = external(prepared, input_drive(spec, prepared, x))
     for l, s in enumerate(packed):
-        below = input_drive(spec, links, x) if l == 0 else drive(spec, links, l, packed[l - 1])
-        total = total + jnp.sum((below + links.biases[l]) * s) / spec.weight_of(l)
+        below = own[l]
+        for edge in spec.links:
+            if edge.target == l:
+                below = below + drive(spec, prepared, edge, packed[edge.source])
+        total = total + jnp.sum(below * s) / spec.weight_of(l)
     return total
 
 
 def phi(params: Params, spec: NetworkSpec, x: jax.Array, state: State) -> jax.Array:
-    """The primitive function ``Phi = sum_l alpha^(l - L) <A_l(s_{l-1}), s_l>`` of one example.
+    """The primitive function ``Phi = sum_e alpha^(m - L) <A_e(s_l), s_m>`` of one example.
 
     Args:
         params: parameters of `spec`.
         spec: the network.
         x: one input, of shape ``spec.input_shape``.
-        state: tuple over layers of arrays ``[H, W, C]`` or ``[N]``.
+        state: tuple over layers of arrays of shapes ``spec.state_shapes``.
 
     Returns:
         A scalar.
@@ -416,7 +601,7 @@ def phi(params: Params, spec: NetworkSpec, x: jax.Array, state: State) -> jax.Ar
         11.0
     """
     check_example(spec, params, x, state)
-    return working_phi(spec, link(params, spec), x, pack(spec, state))
+    return prepared_phi(spec, prepare(params, spec), x, pack(spec, state))
 
 
 def energy(params: Params, spec: NetworkSpec, x: jax.Array, state: State) -> jax.Array:
@@ -443,3 +628,58 @@ def check_example(
     check_float_array("x", x, spec.input_shape)
     if state is not None:
         check_state(spec, state)
+
+
+# Answers, targets, costs.
+
+
+def read_out(spec: NetworkSpec, prepared: Prepared, last: jax.Array) -> jax.Array:
+    """What the network answers, given the last layer's state: that state, or its read-out."""
+    if prepared.readout is None:
+        return last
+    layer, below = spec.layers[-1], spec.shapes[-2]
+    maps = layer.prepare(prepared.readout, below)
+    return layer.drive(maps, layer.pack(below, last)) + layer.bias(prepared.readout, below)
+
+
+def cost_of(spec: NetworkSpec, prepared: Prepared, last: jax.Array, y: jax.Array) -> jax.Array:
+    """``C`` of one example at the last layer's state; `y` is a target of the answer's shape."""
+    cost = COSTS[spec.cost] if isinstance(spec.cost, str) else spec.cost
+    return cost(read_out(spec, prepared, last), y)
+
+
+def cost_gradient(
+    spec: NetworkSpec, prepared: Prepared, last: jax.Array, y: jax.Array
+) -> jax.Array:
+    """``dC/ds_L``: minus beta times this is the nudge on the last layer of the dynamics."""
+    return gradient(lambda s, y: cost_of(spec, prepared, s, y), last, y)
+
+
+def targets(spec: NetworkSpec, y: Any, dtype: Any, batch: tuple[int, ...] = ()) -> jax.Array:
+    """Targets of the answer's shape, from such targets or from integer labels ``[*batch]``.
+
+    Raises:
+        ValueError, TypeError: wrong shape, or a label outside ``0 .. classes - 1``.
+    """
+    name, shape = "ys" if batch else "y", spec.output_shape
+    y = np.asarray(y) if isinstance(y, int | list | tuple) else y
+    if not hasattr(y, "dtype"):
+        raise TypeError(f"{name} is {type(y).__name__}; expected integer labels or one-hot targets")
+    if tuple(y.shape) == (*batch, *shape):
+        y = jnp.asarray(y, dtype)
+        check_float_array(name, y, y.shape)
+        return y
+    whole = jnp.issubdtype(y.dtype, jnp.integer)
+    if tuple(y.shape) != batch or not whole or len(shape) != 1:
+        labels = f"integer labels of shape {batch} or " if len(shape) == 1 else ""
+        raise ValueError(
+            f"{name} has shape {tuple(y.shape)} and dtype {y.dtype}; expected {labels}"
+            f"floating-point targets of shape {(*batch, *shape)}"
+        )
+    (classes,) = shape
+    if known(y):
+        wrong = np.asarray(y)[(np.asarray(y) < 0) | (np.asarray(y) >= classes)]
+        if wrong.size:
+            raise ValueError(f"{name} holds the label {wrong.flat[0]}; expected labels in "
+                             f"0 .. {classes - 1}")  # fmt: skip
+    return jax.nn.one_hot(y, classes, dtype=dtype)

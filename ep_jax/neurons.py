@@ -46,7 +46,8 @@ class Clock(NamedTuple):
             coordinates, ``|beta| alpha^(L - l)`` in a nudged phase in absolute coordinates.
         error: in a nudged phase the output's error ``max |dC/ds_L|`` at the free state, else 1:
             what a nudged phase codes is of the size of ``unit * error``.
-        fresh: whether neighbours that this layer listens to were updated in this very sweep.
+        neighbours_updated: whether neighbours that this layer listens to were updated in this very
+            sweep.
         nudged: whether this is a nudged phase.
         displaced: whether ``s`` is a displacement, which may have either sign.
     """
@@ -57,7 +58,7 @@ class Clock(NamedTuple):
     layer: int
     unit: jax.Array | float
     error: jax.Array | float
-    fresh: bool
+    neighbours_updated: bool
     nudged: bool
     displaced: bool
 
@@ -396,7 +397,7 @@ class SigmaDelta:
         del key
         now = (clock.before + clock.step).astype(state.s.dtype) + 1
         sent = self.leak(now)
-        heard = sent if clock.fresh else self.leak(jnp.maximum(now - 1, 1.0))
+        heard = sent if clock.neighbours_updated else self.leak(jnp.maximum(now - 1, 1.0))
         trace, decoded = state.trace, current
         if self.decode == "current":
             trace = decoded = trace + heard * (current - trace)
@@ -682,9 +683,9 @@ class Bernoulli:
             state.s, current, _power_law(self.epsilon, self.epsilon_power, self.epsilon_floor, now)
         )
         quantum = self.nudged_quantum * clock.error if clock.displaced else 1.0
-        dice = jax.random.uniform(key, s.shape, s.dtype)
+        uniform = jax.random.uniform(key, s.shape, s.dtype)
         quantise = spikes.floored if clock.displaced else spikes.bernoulli
-        count = quantise(s / quantum + dice, self.surrogate)
+        count = quantise(s / quantum + uniform, self.surrogate)
         mean = _running_mean(state.mean, s, clock, self.average)
         return BernoulliState(s, quantum * count, mean), count
 

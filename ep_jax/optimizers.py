@@ -11,6 +11,7 @@ prove, and `cap_links` holds them where it proves a contraction.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -19,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ep_jax import layers as ops
 from ep_jax import network
 from ep_jax.checks import check_float_array, check_integer, check_non_negative, check_number
-from ep_jax.layers import Layer, Shape
-from ep_jax.network import NetworkSpec, Params
+from ep_jax.layers import Layer
+from ep_jax.network import NetworkSpec, Params, Skip
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def make_optimizer(
         ValueError, TypeError: naming the argument.
 
     Example:
-        >>> spec = NetworkSpec((8, 8, 1), (network.Conv(4, 3), network.Dense(10)))
+        >>> spec = NetworkSpec((8, 8, 1), (Conv(4, 3), Dense(10)))
         >>> optimizer = make_optimizer(spec, Muon(), learning_rate=0.02, steps=100, cap=0.9)
     """
     check_number("learning_rate", learning_rate, above=0.0)
@@ -150,8 +150,11 @@ def make_optimizer(
         warmup_steps=round(warmup * steps),
         decay_steps=steps,
     )
-    decays = [weight_decay * factor for factor in layer_decays or (1.0,) * depth]
-    decay = optax.stateless(lambda updates, params: _add_weights(updates, params, decays))
+    owners = _owners(spec)
+    matrices = _matrices(spec)
+    factors = layer_decays or (1.0,) * depth
+    decays = [weight_decay * factors[owner] for owner in owners]
+    decay = optax.stateless(lambda updates, params: _add_weights(spec, updates, params, decays))
     bias_factor = 1.0
     match settings:
         case AdamW():
@@ -159,12 +162,16 @@ def make_optimizer(
         case SGD():
             direction = (decay, optax.trace(settings.momentum, settings.nesterov))
         case Muon():
-            direction = (_muon(settings, depth), decay)
+            direction = (_muon(settings, spec), decay)
             bias_factor = settings.bias_rate / learning_rate
         case _:
             raise TypeError(f"settings is {settings!r}; expected AdamW, Muon or SGD of "
                             "ep_jax.optimizers")  # fmt: skip
-    factors = tuple({"w": r, "b": r * bias_factor} for r in layer_rates or (1.0,) * depth)
+    rates = layer_rates or (1.0,) * depth
+    factors = tuple(
+        {name: rates[owner] * (1.0 if name in own else bias_factor) for name in like}
+        for like, own, owner in zip(network.parameters_of(spec), matrices, owners, strict=True)
+    )
 
     def scale_layers(updates: Any, _: Any) -> Any:
         return jax.tree.map(lambda factor, update: factor * update, factors, updates)
@@ -178,28 +185,51 @@ def make_optimizer(
     )
 
 
-def _add_weights(directions: Any, params: Any, factors: Sequence[Any]) -> Any:
+def _owners(spec: NetworkSpec) -> tuple[int, ...]:
+    """The layer (0-based) whose rates and decay the parameters have; of a skip, its target."""
+    return (*range(len(spec.layers)), *(skip.target - 1 for skip in spec.skips))
+
+
+def _matrices(spec: NetworkSpec) -> tuple[dict[str, int], ...]:
+    """See `ep_jax.layers.Layer.matrices`, of each dictionary of parameters."""
+    layers = (*spec.layers, *(skip.layer for skip in spec.skips))
+    parameters = network.parameters_of(spec)
+    return tuple(layer.matrices(like) for layer, like in zip(layers, parameters, strict=True))
+
+
+def _add_weights(spec: NetworkSpec, directions: Any, params: Any, factors: Sequence[Any]) -> Any:
     """Directions with its factor times the weights of each layer added; biases as they are."""
     return tuple(
-        {**direction, "w": direction["w"] + factor * p["w"]}
-        for direction, p, factor in zip(directions, params, factors, strict=True)
+        direction | {name: direction[name] + factor * p[name] for name in own}
+        for direction, p, factor, own in zip(
+            directions, params, factors, _matrices(spec), strict=True
+        )
     )
 
 
-def _muon(settings: Muon, depth: int) -> optax.GradientTransformation:
+def _muon(settings: Muon, spec: NetworkSpec) -> optax.GradientTransformation:
     """The directions of Muon: orthogonal matrices for the weights, Adam's for the biases."""
+    matrices, parameters = _matrices(spec), network.parameters_of(spec)
 
-    def straighten(w: jax.Array) -> jax.Array:
-        return orthogonalize(w.reshape(-1, w.shape[-1]), settings.ns_steps).reshape(w.shape)
+    def straighten(w: jax.Array, counted: int) -> jax.Array:
+        straight = functools.partial(orthogonalize, steps=settings.ns_steps)
+        stack = w.reshape(-1, math.prod(w.shape[counted:-1]), w.shape[-1])
+        return (jax.vmap(straight)(stack) if counted else straight(stack[0])[None]).reshape(w.shape)
+
+    def straighten_all(updates: Any, _: Any) -> Any:
+        return tuple(
+            {n: straighten(u, own[n]) if n in own else u for n, u in update.items()}
+            for update, own in zip(updates, matrices, strict=True)
+        )
 
     weights = optax.chain(
-        optax.trace(settings.momentum, settings.nesterov),
-        optax.stateless(lambda updates, _: jax.tree.map(straighten, updates)),
+        optax.trace(settings.momentum, settings.nesterov), optax.stateless(straighten_all)
     )
-    return optax.partition(
-        {"weights": weights, "biases": optax.scale_by_adam()},
-        ({"w": "weights", "b": "biases"},) * depth,
+    labels = tuple(
+        {name: "weights" if name in own else "biases" for name in like}
+        for like, own in zip(parameters, matrices, strict=True)
     )
+    return optax.partition({"weights": weights, "biases": optax.scale_by_adam()}, labels)
 
 
 def orthogonalize(matrix: jax.Array, steps: int = 5) -> jax.Array:
@@ -244,12 +274,12 @@ def orthogonalize(matrix: jax.Array, steps: int = 5) -> jax.Array:
 
 
 class CapState(NamedTuple):
-    """State of `cap_links`; the links are those of layers ``1 ... L - 1`` (0-based).
+    """State of `cap_links`; the links are ``spec.links``: those between neighbours, then skips.
 
     Attributes:
         vectors: the power iteration's unit vector of each link, in the packed layout of the state
             below it.
-        norms: latest norm of each link, after the cap, ``[L - 1]``.
+        norms: latest norm of each link, after the cap.
         capped: how many links the last step scaled down, int32.
     """
 
@@ -282,7 +312,7 @@ def cap_links(spec: NetworkSpec, cap: float, iterations: int = 4) -> optax.Gradi
         A transformation whose state is a `CapState`.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)))
         >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
         >>> capped = cap_links(spec, 0.5)
         >>> updates, state = capped.update(params, capped.init(params), params)
@@ -305,18 +335,19 @@ def cap_links(spec: NetworkSpec, cap: float, iterations: int = 4) -> optax.Gradi
         vectors, norms = _measure(moved, spec, state.vectors, iterations)
         above = norms > cap
         factors = jnp.where(above, cap / norms, 1.0)
-        held = _scale_links(updates, params, factors)
+        held = _scale_links(spec, updates, params, factors)
         return held, CapState(vectors, factors * norms, above.sum(dtype=jnp.int32))
 
     return optax.GradientTransformation(init, update)
 
 
-def _scale_links(updates: Any, params: Any, factors: Any) -> Any:
+def _scale_links(spec: NetworkSpec, updates: Any, params: Any, factors: Any) -> Any:
     """Updates that take the weights of each link to its factor times where they would go."""
-    scaled = list(updates)
-    for l, factor in enumerate(factors, 1):
-        change = factor * updates[l]["w"] + (factor - 1) * params[l]["w"]
-        scaled[l] = {**updates[l], "w": change}
+    scaled, matrices = list(updates), _matrices(spec)
+    for edge, factor in zip(spec.links, factors, strict=True):
+        u, p = updates[edge.params_index], params[edge.params_index]
+        moved = {n: factor * u[n] + (factor - 1) * p[n] for n in matrices[edge.params_index]}
+        scaled[edge.params_index] = u | moved
     return tuple(scaled)
 
 
@@ -334,7 +365,7 @@ def shrink_links(spec: NetworkSpec, decay: float) -> optax.GradientTransformatio
         decay: the decay where all images are unsettled.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)))
         >>> params = ({"w": jnp.ones((1, 1)), "b": jnp.zeros(1)},) * 2
         >>> shrinking, still = shrink_links(spec, 2.0), jax.tree.map(jnp.zeros_like, params)
         >>> direction, _ = shrinking.update(still, shrinking.init(params), params, unsettled=0.25)
@@ -349,15 +380,15 @@ def shrink_links(spec: NetworkSpec, decay: float) -> optax.GradientTransformatio
         del others
         if params is None:
             raise ValueError("params is None; expected the parameters, which shrink_links scales")
-        links = range(1, spec.depth)
-        factors = [decay * unsettled if l in links else 0.0 for l in range(len(params))]
-        return _add_weights(updates, params, factors), state
+        links = {edge.params_index for edge in spec.links}
+        factors = [decay * unsettled if i in links else 0.0 for i in range(len(params))]
+        return _add_weights(spec, updates, params, factors), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def link_norms(params: Params, spec: NetworkSpec, iterations: int = 100) -> jax.Array:
-    """The norms of the links between the layers inside the dynamics, ``[L - 1]``.
+    """The norms of the links between the layers inside the dynamics, ``[L - 1]``, then of skips.
 
     The operator norm of each bias-free drive by the layer below, as `cap_links` means it, from a
     power iteration that starts anew: it approaches the norm from below.
@@ -368,7 +399,7 @@ def link_norms(params: Params, spec: NetworkSpec, iterations: int = 100) -> jax.
         iterations: drives and adjoints of one example.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(2), network.Dense(2)))
+        >>> spec = NetworkSpec((1,), (Dense(2), Dense(2)))
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> params[1]["w"] = jnp.array([[0.0, 3.0], [0.5, 0.0]])
         >>> link_norms(params, spec).tolist()
@@ -379,16 +410,18 @@ def link_norms(params: Params, spec: NetworkSpec, iterations: int = 100) -> jax.
     return _measure(params, spec, _start(params, spec), iterations)[1]
 
 
-def radius_bound(norms: jax.Array, feedback: float) -> jax.Array:
+def radius_bound(norms: jax.Array, feedback: float, skips: Sequence[Skip] = ()) -> jax.Array:
     """What the norms of the links prove: no spectral radius of the relaxation is larger.
 
-    The largest eigenvalue of the symmetric tridiagonal matrix ``N [L, L]`` with ``sqrt(feedback) *
-    norms`` beside its diagonal of zeros; ``2 c cos(pi / (L + 1))`` where all these are ``c``.
+    The largest eigenvalue of the symmetric matrix ``N [L, L]`` that holds, for each link from layer
+    ``l`` to ``m``, ``feedback^((m - l) / 2)`` times its norm. Without skips it is tridiagonal, and
+    ``2 c cos(pi / (L + 1))`` where all its entries are ``c``.
 
     If the bound ``r`` is below 1, the activation's slope is at most 1 and no pool takes a maximum:
 
     1. In ``z_l = alpha^((l - L) / 2) s_l`` the currents are ``S z`` plus a constant, with symmetric
-       ``S`` of blocks ``sqrt(alpha) A_l``, so ``|S| <= |N| = r`` and the Jacobian's radius too.
+       ``S`` of blocks ``alpha^((m - l) / 2) A_e``, so ``|S| <= |N| = r``, and the Jacobian's radius
+       is no larger either.
     2. The energy's Hessian is ``I - S >= 1 - r > 0``: it is strongly convex on the box.
     3. ``N`` has a positive eigenvector ``u`` (Perron). Two states of one input whose layers differ
        by ``d_m`` differ, once layer ``l`` is updated, there by at most ``sum_m N_lm |d_m|``, and
@@ -401,8 +434,9 @@ def radius_bound(norms: jax.Array, feedback: float) -> jax.Array:
     the like for equilibrium networks by monotone operators.
 
     Args:
-        norms: norms of the links, ``[L - 1]``, as from `link_norms`.
+        norms: norms of the links, ``[L - 1]`` and one for each skip, as from `link_norms`.
         feedback: the feedback strength alpha in (0, 1].
+        skips: those of the network.
 
     Returns:
         A scalar.
@@ -413,15 +447,21 @@ def radius_bound(norms: jax.Array, feedback: float) -> jax.Array:
     """
     check_float_array("norms", norms, ("L - 1",))
     check_number("feedback", feedback, above=0.0, at_most=1.0)
-    beside = jnp.sqrt(jnp.asarray(feedback, norms.dtype)) * norms
-    return jnp.linalg.eigvalsh(jnp.diag(beside, 1) + jnp.diag(beside, -1))[-1]
+    between = [skip for skip in skips if skip.source > 0]  # the input hears nothing
+    depth = len(norms) - len(between) + 1
+    ends = [(l, l + 1) for l in range(depth - 1)]
+    ends += [(skip.source - 1, skip.target - 1) for skip in between]
+    bounds = jnp.zeros((depth, depth), norms.dtype)
+    for (l, m), norm in zip(ends, norms, strict=True):
+        bounds = bounds.at[l, m].set(feedback ** ((m - l) / 2) * norm)
+    return jnp.linalg.eigvalsh(bounds + bounds.T)[-1]
 
 
 def norms_of(opt_state: optax.OptState) -> CapState | None:
     """The `CapState` in an optimiser's state; ``None`` where nothing is capped.
 
     Example:
-        >>> spec = NetworkSpec((1,), (network.Dense(1), network.Dense(1)))
+        >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)))
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> optimizer = make_optimizer(spec, SGD(), learning_rate=0.1, steps=9, cap=0.9)
         >>> norms_of(optimizer.init(params)).norms.shape
@@ -433,44 +473,43 @@ def norms_of(opt_state: optax.OptState) -> CapState | None:
 
 def _start(params: Params, spec: NetworkSpec) -> tuple[jax.Array, ...]:
     """Random vectors for `_measure`."""
-    states = tuple(
-        jax.random.normal(jax.random.fold_in(jax.random.key(0), l), shape, params[0]["w"].dtype)
-        for l, shape in enumerate(spec.state_shapes)
+    dtype = network.precision_of(params)
+    return tuple(
+        edge.layer.pack(
+            (shape := spec.state_shapes[edge.source]),
+            jax.random.normal(jax.random.fold_in(jax.random.key(0), edge.number - 1), shape, dtype),
+        )
+        for edge in spec.links
     )
-    return network.pack(spec, states)[:-1]
 
 
 def _measure(
     params: Params, spec: NetworkSpec, vectors: tuple[jax.Array, ...], iterations: int
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Vectors and norms of the links, ``[L - 1]``, after a power iteration from `vectors`."""
-    measured = []
-    for l, vector in enumerate(vectors, 1):
-        layer, below = spec.layers[l], spec.shapes[l]
-        step = functools.partial(_stretch, layer, below, ops.kernel(layer, below, params[l]["w"]))
+    """Vectors and norms of the links after a power iteration from `vectors`."""
+    measured, factors = [], []
+    for edge, vector in zip(spec.links, vectors, strict=True):
+        layer, factor = edge.layer.bound()
+        prepared = layer.prepare(params[edge.params_index], spec.state_shapes[edge.source])
+        step = functools.partial(_stretch, layer, prepared)
         start = (vector, jnp.zeros((), vector.dtype))
         measured.append(
             jax.lax.fori_loop(0, iterations, lambda _, found, step=step: step(found[0]), start)
         )
-    norms = jnp.array([norm for _, norm in measured], params[0]["w"].dtype)
-    return tuple(vector for vector, _ in measured), norms
+        factors.append(factor)
+    norms = [factor * norm for factor, (_, norm) in zip(factors, measured, strict=True)]
+    return tuple(vector for vector, _ in measured), jnp.array(norms, network.precision_of(params))
 
 
-def _stretch(
-    layer: Layer, below: Shape, matrix: jax.Array, v: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _stretch(layer: Layer, prepared: Any, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One step of the power iteration with ``A^T A``: the next unit vector and the norm so far.
 
     Of the estimates that ``A v`` and ``A^T A v`` allow, ``|A^T A v| / |A v|`` is the largest, and
     the norm is no smaller.
     """
     with jax.default_matmul_precision("highest"):
-        there = ops.convolve(layer, below, matrix, v)
-        back = there
-        if network.is_linear(layer):
-            there = ops.pool(layer, there)
-            back = ops.unpool(layer, there, None)
-        back = ops.adjoint(layer, below, matrix, back)
+        there = layer.drive(prepared, v)
+        back = layer.pull(prepared, v, there)
     out, size = jnp.linalg.norm(there), jnp.linalg.norm(back)
     moves = (out > 0) & (size > 0)  # else weights are 0, or all that is left has underflowed
     return (

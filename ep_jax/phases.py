@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from ep_jax.checks import check_choice, check_integer, check_number, known
-from ep_jax.network import NetworkSpec, is_linear
+from ep_jax.network import Edge, NetworkSpec
 
 ESTIMATORS = ("one_sided", "random_sign", "symmetric", "holomorphic")
 SWEEPS = ("synchronous", "alternating", "ordered")
@@ -221,7 +221,9 @@ def check_nudge(spec: NetworkSpec, phases: Phases, beta: Any, dtype: Any) -> Non
 
 def is_holomorphic(spec: NetworkSpec) -> bool:
     """Whether the relaxation is a holomorphic function of its state."""
-    return spec.neuron.activation != "hard_sigmoid" and all(map(is_linear, spec.layers))
+    return spec.neuron.activation != "hard_sigmoid" and all(
+        edge.layer.linear for edge in spec.edges
+    )
 
 
 def sweep_order(sweep: str, depth: int, nudged: bool) -> tuple[int, ...]:
@@ -242,13 +244,25 @@ class Update(NamedTuple):
 
     Attributes:
         layer: number of the layer, 0-based.
-        below: whether it hears the layer below.
-        above: whether it hears the layer above.
+        below: the edges by which it hears layers below.
+        above: the edges by which it hears layers above.
     """
 
     layer: int
-    below: bool
-    above: bool
+    below: tuple[Edge, ...]
+    above: tuple[Edge, ...]
+
+
+def all_hear_all(spec: NetworkSpec) -> tuple[Update, ...]:
+    """The turns of all layers, bottom-up, in which each hears all of its neighbours."""
+    return tuple(
+        Update(
+            l,
+            tuple(edge for edge in spec.links if edge.target == l),
+            tuple(edge for edge in spec.links if edge.source == l),
+        )
+        for l in range(spec.depth)
+    )
 
 
 OPENING = 2
@@ -273,10 +287,11 @@ def plan(
     Example:
         >>> spec = NetworkSpec((2,), (ep_jax.Dense(2), ep_jax.Dense(2)))
         >>> first, *_ = plan(spec, Phases(sweep="ordered"), nudged=False, from_zero=True)
-        >>> first
-        (Update(layer=0, below=False, above=False), Update(layer=1, below=True, above=False))
+        >>> [(turn.layer, len(turn.below), len(turn.above)) for turn in first]
+        [(0, 0, 0), (1, 1, 0)]
     """
     depth, displaced = spec.depth, nudged and phases.coordinates == "displacement"
+    turns = all_hear_all(spec)
     audible = [not from_zero] * depth
     sweeps: list[tuple[Update, ...]] = []
     while True:
@@ -284,12 +299,15 @@ def plan(
         heard = audible if phases.sweep != "synchronous" else list(audible)
         updates = []
         for l in sweep_order(phases.sweep, depth, nudged):
-            below = l > 0 and heard[l - 1]
-            above = l + 1 < depth and heard[l + 1]
-            if l + 1 < depth and displaced and not is_linear(spec.layers[l + 1]):
-                above = above or heard[l]  # a winner that moves is news as well
+            below = tuple(edge for edge in turns[l].below if heard[edge.source])
+            # Where a map is not linear, what comes back changes with the layer's own state.
+            above = tuple(
+                edge
+                for edge in turns[l].above
+                if heard[edge.target] or (displaced and not edge.layer.linear and heard[l])
+            )
             updates.append(Update(l, below, above))
-            audible[l] = audible[l] or not displaced or below or above or l == depth - 1
+            audible[l] = audible[l] or not displaced or bool(below or above) or l == depth - 1
         if all_speak or len(sweeps) < OPENING:
             sweeps.append(tuple(updates))
         if all_speak:

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ep_jax.diagnostics import GDU
-from ep_jax.dynamics import Snapshot, free_phase
+from ep_jax.dynamics import free_phase
 from ep_jax.network import NetworkSpec, Params, energy
 from ep_jax.phases import Phases
+from ep_jax.relaxation import Snapshot
 
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,

@@ -7,20 +7,32 @@ A `Config` is the complete statement of a run: with its seed it determines the r
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
+from ep_jax.conv import Conv
+from ep_jax.costs import COSTS
 from ep_jax.data import DATASETS
+from ep_jax.descriptions import imported, read
 from ep_jax.gradients import GRADIENTS
-from ep_jax.layers import Conv, Dense, Layer
-from ep_jax.network import NetworkSpec
+from ep_jax.layers import Dense, Layer
+from ep_jax.network import NetworkSpec, Normalization
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
-from ep_jax.optimizers import SGD, AdamW, Muon, check_layer_factors
+from ep_jax.optimizers import SGD, AdamW, Muon, Settings, check_layer_factors
 from ep_jax.phases import Phases
 from ep_jax.training import Augmentation
 
-NEURONS = ("rate", "sigma_delta", "delta_code", "bernoulli", "integrate_fire")
-OPTIMIZERS = ("adamw", "muon", "sgd")
+NEURONS: dict[str, type[Neuron]] = {
+    "rate": Rate,
+    "sigma_delta": SigmaDelta,
+    "delta_code": DeltaCode,
+    "bernoulli": Bernoulli,
+    "integrate_fire": IntegrateFire,
+}
+"""Neuron models that have names."""
+OPTIMIZERS: dict[str, type[Settings]] = {"adamw": AdamW, "muon": Muon, "sgd": SGD}
+"""Optimisers that have names."""
+
 
 # Feedback 1, the paper's network, settles by over-relaxed sweeps. The nudge saturates at strong
 # feedback, so beta is small. Few images need many sweeps: an eighth of the batch goes on. Those
@@ -49,10 +61,10 @@ class Config:
     the mean activity.
     """
 
-    dataset: Literal["digits", "mnist", "fashion_mnist"] = "mnist"
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "mnist"
     """Images to learn: digits needs no download."""
     data_dir: str | None = None
-    """Where MNIST data lie (IDX files or TFDS data); by default TFDS_DATA_DIR."""
+    """Where the data lie (published files or TFDS data); by default TFDS_DATA_DIR."""
     validation: int | None = None
     """Training images held out to choose by; by default 5,000 (digits: 200)."""
     train_images: int | None = None
@@ -78,27 +90,24 @@ class Config:
     """Padding of the convolutions."""
     hidden: tuple[int, ...] = (128,)
     """Units of the hidden dense layers; the output layer comes on top."""
+    layers: tuple[Any, ...] = ()
+    """Any layers in place of those that the five fields above describe, below the output layer; or
+    texts such as "Conv(32, 5)"."""
+    skips: tuple[Any, ...] = ()
+    """Connections between layers that are no neighbours, or texts such as "Skip(1, 3,
+    Dense(128))"."""
+    normalization: Normalization = field(default_factory=Normalization)
+    """What the network takes its inputs as; uint8 images are in [0, 1] before."""
     gain: float = 0.29
     """Scale of the initial weights."""
-    cost: Literal["squared_error", "cross_entropy"] = "squared_error"
-    """Cost: cross_entropy takes the output layer out of the dynamics."""
+    cost: Any = "squared_error"
+    """squared_error, cross_entropy (which takes the output layer out of the dynamics), a function
+    of your own, or its import path "module:name"."""
     feedback: float = 1.0
     """Feedback strength alpha in (0, 1]; 1 is the papers' network."""
 
-    neuron: Literal["rate", "sigma_delta", "delta_code", "bernoulli", "integrate_fire"] = (
-        "delta_code"
-    )
-    """Neuron model; its own settings are below."""
-    rate: Rate = field(default_factory=Rate)
-    """Settings of rate neurons."""
-    sigma_delta: SigmaDelta = field(default_factory=SigmaDelta)
-    """Settings of sigma-delta neurons (open loop, the paper's)."""
-    delta_code: DeltaCode = field(default_factory=DeltaCode)
-    """Settings of the delta code (closed loop)."""
-    bernoulli: Bernoulli = field(default_factory=Bernoulli)
-    """Settings of Bernoulli neurons."""
-    integrate_fire: IntegrateFire = field(default_factory=IntegrateFire)
-    """Settings of integrate-and-fire neurons."""
+    neuron: Any = field(default_factory=DeltaCode)
+    """The neuron model, with its settings; a name stands for a model with its defaults."""
 
     phases: Phases = _PHASES
     """Sweeps of the two phases, nudge and estimator."""
@@ -106,14 +115,8 @@ class Config:
     """How the gradient is made: by EP, or by back-propagation through the free phase's sweeps
     (spikes: with the neuron's surrogate derivative) or implicit differentiation at its end."""
 
-    optimizer: Literal["adamw", "muon", "sgd"] = "muon"
-    """Optimiser; its own settings are below."""
-    adamw: AdamW = field(default_factory=AdamW)
-    """Settings of AdamW."""
-    muon: Muon = field(default_factory=Muon)
-    """Settings of Muon: momentum made orthogonal; biases by Adam."""
-    sgd: SGD = field(default_factory=SGD)
-    """Settings of gradient descent with momentum."""
+    optimizer: Any = field(default_factory=Muon)
+    """The optimiser, with its settings; a name stands for one with its defaults."""
     learning_rate: float = 4e-3
     """Peak learning rate; it decays to 0 along a cosine."""
     layer_rates: tuple[float, ...] = ()
@@ -133,9 +136,19 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, DATASETS)
-        check_choice("neuron", self.neuron, NEURONS)
         check_choice("gradient", self.gradient, GRADIENTS)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        for name, kinds in (("neuron", NEURONS), ("optimizer", OPTIMIZERS), ("cost", COSTS)):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, _named(name, value, kinds))
+        for name in ("layers", "skips"):
+            parts = (read(name, v) if isinstance(v, str) else v for v in getattr(self, name))
+            object.__setattr__(self, name, tuple(parts))
+        if not isinstance(self.neuron, Neuron):
+            raise TypeError(f"neuron is {self.neuron!r}; expected a neuron model such as "
+                            "ep_jax.DeltaCode(), or its name")  # fmt: skip
+        if not isinstance(self.optimizer, Settings):
+            raise TypeError(f"optimizer is {self.optimizer!r}; expected AdamW, Muon or SGD of "
+                            "ep_jax.optimizers, or a name")  # fmt: skip
         check_choice("pool", self.pool, ("avg", "max", "none"))
         check_integer("seed", self.seed, at_least=0)
         for name in ("epochs", "batch", "steps_per_dispatch", "devices"):
@@ -156,14 +169,20 @@ class Config:
         if len(self.channels) != len(self.kernels):
             raise ValueError(f"kernels is {self.kernels}; expected one kernel for each of the "
                              f"{len(self.channels)} entries of channels")  # fmt: skip
-        depth = len(self.channels) + len(self.hidden) + 1
+        depth = 1 + (len(self.layers) or len(self.channels) + len(self.hidden))
         for name in ("layer_rates", "layer_decays"):
             check_layer_factors(name, getattr(self, name), depth)
 
 
-def neuron_of(config: Config) -> Neuron:
-    """The neuron model that `config` names."""
-    return getattr(config, config.neuron)
+def _named(name: str, value: str, kinds: dict[str, Any]) -> Any:
+    """What a text names: one of `kinds`, a call of Python, or something of the user's."""
+    if "(" in value:
+        return read(name, value)
+    if ":" not in value:
+        check_choice(name, value, kinds)
+        return value if name == "cost" else kinds[value]()
+    found = imported(value)
+    return found() if isinstance(found, type) else found
 
 
 def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> NetworkSpec:
@@ -174,17 +193,21 @@ def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> Netwo
         ((12, 12, 32), (4, 4, 64), (128,), (10,))
     """
     pool = None if config.pool == "none" else config.pool
-    layers: list[Layer] = [
-        Conv(features, kernel, pool=pool, padding=config.padding)
-        for features, kernel in zip(config.channels, config.kernels, strict=True)
-    ]
-    layers += [Dense(units) for units in (*config.hidden, classes)]
+    layers: list[Layer] = list(config.layers)
+    if not layers:
+        layers += [
+            Conv(features, kernel, pool=pool, padding=config.padding)
+            for features, kernel in zip(config.channels, config.kernels, strict=True)
+        ]
+        layers += [Dense(units) for units in config.hidden]
     return NetworkSpec(
         input_shape=input_shape,
-        layers=tuple(layers),
-        neuron=neuron_of(config),
+        layers=(*layers, Dense(classes)),
+        neuron=config.neuron,
         cost=config.cost,
         feedback=config.feedback,
+        skips=config.skips,
+        normalization=config.normalization,
     )
 
 
@@ -218,9 +241,9 @@ _WEAK = Config(
     epochs=30,
     gain=0.6,
     feedback=0.002,
-    delta_code=DeltaCode(quantum=0.5, decay=0.5, nudged_quantum=0.7, nudged_decay=0.4),
+    neuron=DeltaCode(quantum=0.5, decay=0.5, nudged_quantum=0.7, nudged_decay=0.4),
     phases=_WEAK_PHASES,
-    optimizer="adamw",
+    optimizer=AdamW(),
     learning_rate=2e-3,
     weight_decay=0.05,
     augmentation=_MNIST.augmentation,
@@ -252,7 +275,7 @@ def _compared(name: str, spiking: Config) -> dict[str, Config]:
     its feedback cut to the limit, in training as well.
     """
     ahead = replace(spiking.phases, free=spiking.phases.free - 2)
-    rate = replace(spiking, neuron="rate", phases=ahead)
+    rate = replace(spiking, neuron=Rate(), phases=ahead)
     alike = replace(spiking.phases.for_all(), limit=None)
     through_time = replace(spiking, gradient="bptt", phases=alike)
     one_pass = replace(alike, free=1, relaxation=1.0)
@@ -260,15 +283,15 @@ def _compared(name: str, spiking: Config) -> dict[str, Config]:
         name: spiking,
         f"{name}_rate": rate,
         f"{name}_bptt": through_time,
-        f"{name}_rate_bptt": replace(through_time, neuron="rate"),
-        f"{name}_backprop": replace(through_time, neuron="rate", phases=one_pass),
+        f"{name}_rate_bptt": replace(through_time, neuron=Rate()),
+        f"{name}_backprop": replace(through_time, neuron=Rate(), phases=one_pass),
         f"{name}_feedforward": replace(spiking, feedback=1e-6),
     }
 
 
 def _weak(name: str, spiking: Config) -> dict[str, Config]:
     """The same at weak feedback, where four sweeps of rate neurons are enough."""
-    rate = replace(spiking, neuron="rate", phases=replace(spiking.phases, free=4, nudged=2))
+    rate = replace(spiking, neuron=Rate(), phases=replace(spiking.phases, free=4, nudged=2))
     one_pass = replace(rate.phases, free=1)
     return {
         f"{name}_weak": spiking,
@@ -291,13 +314,11 @@ PRESETS: dict[str, Config] = {
     ),
     **_compared("mnist", _MNIST),
     **_weak("mnist", _WEAK),
-    "mnist_sigma_delta": replace(
-        _MNIST, neuron="sigma_delta", sigma_delta=_SIGMA_DELTA, phases=_SLOW_PHASES
-    ),
-    "mnist_sigma_delta_weak": replace(_WEAK_BINARY, neuron="sigma_delta", sigma_delta=_SIGMA_DELTA),
+    "mnist_sigma_delta": replace(_MNIST, neuron=_SIGMA_DELTA, phases=_SLOW_PHASES),
+    "mnist_sigma_delta_weak": replace(_WEAK_BINARY, neuron=_SIGMA_DELTA),
     "mnist_closed_loop_weak": replace(
         _WEAK_BINARY,
-        delta_code=DeltaCode(
+        neuron=DeltaCode(
             quantum=0.9, decay=0.85, lag=2.0, nudged_quantum=0.7, nudged_decay=0.6, leak=True
         ),
     ),
@@ -305,9 +326,8 @@ PRESETS: dict[str, Config] = {
         _WEAK,
         epochs=1,
         feedback=1.0,
-        neuron="sigma_delta",
         # The exponents tuned by O'Connor et al. (AISTATS 2019); Lin et al. do not tell theirs.
-        sigma_delta=SigmaDelta(
+        neuron=SigmaDelta(
             epsilon=0.775,
             epsilon_power=0.313,
             epsilon_floor=0.0,
@@ -326,8 +346,6 @@ PRESETS: dict[str, Config] = {
     ),
     **_compared("fashion_mnist", _FASHION),
     **_weak("fashion_mnist", _WEAK_FASHION),
-    "fashion_mnist_sigma_delta": replace(
-        _FASHION, neuron="sigma_delta", sigma_delta=_SIGMA_DELTA, phases=_SLOW_PHASES
-    ),
+    "fashion_mnist_sigma_delta": replace(_FASHION, neuron=_SIGMA_DELTA, phases=_SLOW_PHASES),
 }
 """Complete runs by name. Feedback is 1 but in those called weak, feedforward or backprop."""

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ep_jax.data import to_float
-from ep_jax.dynamics import Snapshot, free_phase
-from ep_jax.layers import Dense
+from ep_jax.dynamics import free_phase
 from ep_jax.network import NetworkSpec, Params, check_params
 from ep_jax.phases import Phases
+from ep_jax.relaxation import Snapshot
 from ep_jax.training import check_images
 
 
@@ -107,7 +107,7 @@ def prune(
         (Dense(features=1), Dense(features=1))
     """
     check_params(spec, params)
-    hidden = [layer.features for layer in spec.layers[:-1]]
+    hidden = [shape[-1] for shape in spec.shapes[1:-1]]
     if [np.shape(units) for units in keep] != [(n,) for n in hidden] or any(
         np.asarray(units).dtype != bool for units in keep
     ):
@@ -117,12 +117,20 @@ def prune(
     if empty := [l for l, units in enumerate(keep, start=1) if not np.any(units)]:
         raise ValueError(f"keep leaves no unit in layers {empty}; expected one or more in each")
 
-    alive = (np.ones(spec.input_shape[-1], bool), *keep, np.ones(spec.classes, bool))
-    smaller, layers = [], []
-    for l, (layer, p) in enumerate(zip(spec.layers, params, strict=True)):
-        below, units = alive[l], alive[l + 1]
-        if isinstance(layer, Dense):  # which has a weight for each position of a channel
-            below = np.broadcast_to(below, spec.shapes[l]).reshape(-1)
-        smaller.append({"w": p["w"][..., below, :][..., units], "b": p["b"][units]})
-        layers.append(dataclasses.replace(layer, features=int(units.sum())))
-    return tuple(smaller), dataclasses.replace(spec, layers=tuple(layers))
+    alive = (np.ones(spec.input_shape[-1], bool), *keep, np.ones(spec.output_shape[-1], bool))
+    alive = tuple(map(np.asarray, alive))
+    smaller = [
+        layer.keep(p, below, alive[l], alive[l + 1])
+        for l, (layer, p, below) in enumerate(zip(spec.layers, params, spec.shapes, strict=False))
+    ]
+    skipped = [
+        skip.layer.keep(p, spec.shapes[skip.source], alive[skip.source], alive[skip.target])
+        for skip, p in zip(spec.skips, params[len(spec.layers) :], strict=True)
+    ]
+    skips = tuple(
+        dataclasses.replace(skip, layer=layer)
+        for skip, (layer, _) in zip(spec.skips, skipped, strict=True)
+    )
+    layers = tuple(layer for layer, _ in smaller)
+    kept = tuple(p for _, p in (*smaller, *skipped))
+    return kept, dataclasses.replace(spec, layers=layers, skips=skips)

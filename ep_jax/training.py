@@ -18,10 +18,10 @@ import optax
 
 from ep_jax import network
 from ep_jax.checks import check_integer, check_non_negative
-from ep_jax.costs import read_out
-from ep_jax.data import to_float
-from ep_jax.dynamics import Absolute, PhaseInfo, mean_info, settle_batch
-from ep_jax.gradients.equilibrium import ep_gradient
+from ep_jax.coordinates import Absolute
+from ep_jax.data import check_pixels, to_float
+from ep_jax.dynamics import PhaseInfo, mean_info, settle_batch
+from ep_jax.gradients.ep import ep_gradient
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.optimizers import norms_of
 from ep_jax.phases import Phases, check_phases
@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-class Links(NamedTuple):
+class LinkNorms(NamedTuple):
     """The links between the layers, where their norms are capped.
 
     Attributes:
@@ -56,10 +56,10 @@ class Links(NamedTuple):
     capped: jax.Array
 
 
-def links_of(opt_state: optax.OptState) -> Links | None:
+def link_norms_of(opt_state: optax.OptState) -> LinkNorms | None:
     """What an optimiser's state tells of capped links; ``None`` where nothing is capped."""
     found = norms_of(opt_state)
-    return None if found is None else Links(tuple(found.norms), found.capped)
+    return None if found is None else LinkNorms(tuple(found.norms), found.capped)
 
 
 class StepMetrics(NamedTuple):
@@ -83,7 +83,7 @@ class StepMetrics(NamedTuple):
     free: PhaseInfo
     nudged: PhaseInfo | None
     limited: jax.Array | None = None
-    links: Links | None = None
+    links: LinkNorms | None = None
 
 
 def init_train_state(
@@ -131,12 +131,14 @@ class Augmentation:
 
 
 def augment(key: jax.Array, images: jax.Array, how: Augmentation) -> jax.Array:
-    """Vary images ``[B, H, W, C]``, each on its own.
+    """Vary images ``[B, H, W, C]``, each on its own. Examples that are no images stay as they are.
 
     Example:
         >>> augment(jax.random.key(0), jnp.ones((2, 8, 8, 1)), Augmentation(shift=2)).shape
         (2, 8, 8, 1)
     """
+    if how == Augmentation():
+        return images
 
     def vary(key: jax.Array, image: jax.Array) -> jax.Array:
         shift_key, deform_key, flip_key, erase_key = jax.random.split(key, 4)
@@ -234,7 +236,7 @@ def make_train_steps(
             free=info.free,
             nudged=info.nudged,
             limited=info.limited,
-            links=links_of(opt_state),
+            links=link_norms_of(opt_state),
         )
         return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -275,31 +277,33 @@ def _answers(
     params: Params, batches: jax.Array, keys: jax.Array, *, spec: NetworkSpec, phases: Phases
 ) -> tuple[jax.Array, PhaseInfo]:
     """Answers ``[batches, B, classes]`` to images ``[batches, B, ...]``; each example's info."""
-    links = network.link(params, spec)
+    prepared = network.prepare(params, spec)
 
     def settled(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, PhaseInfo]:
         images, keys = batch
-        drives = jax.vmap(lambda image: network.input_drive(spec, links, to_float(image)))(images)
+        drives = jax.vmap(lambda x: network.input_drive(spec, prepared, x))(to_float(images))
         found = settle_batch(
             spec,
             phases,
             False,
-            lambda drive: Absolute(spec, links, drive),
-            (drives,),
+            lambda *drives: Absolute(spec, prepared, drives),
+            drives,
             keys if spec.neuron.stochastic else None,
         )
-        return jax.vmap(lambda s: read_out(links, s))(found.state[-1]), found.info
+        outputs = jax.vmap(lambda s: network.read_out(spec, prepared, s))(found.state[-1])
+        return outputs, found.info
 
     return jax.lax.map(settled, (batches, keys))
 
 
 def check_images(spec: NetworkSpec, images: np.ndarray | jax.Array) -> None:
-    """Raise where `images` are not uint8 ``[N, *spec.input_shape]``."""
-    if images.dtype != np.uint8 or tuple(images.shape[1:]) != spec.input_shape or not len(images):
+    """Raise where `images` are not images ``[N, *spec.input_shape]``."""
+    if tuple(images.shape[1:]) != spec.input_shape or not len(images):
         raise ValueError(
-            f"images has dtype {images.dtype} and shape {tuple(images.shape)}; expected uint8 of "
-            f"shape (N, {', '.join(map(str, spec.input_shape))}) with N of at least 1"
+            f"images has dtype {images.dtype} and shape {tuple(images.shape)}; expected shape "
+            f"(N, {', '.join(map(str, spec.input_shape))}) with N of at least 1"
         )
+    check_pixels("images", images)
 
 
 def predict(

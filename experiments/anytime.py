@@ -24,12 +24,11 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import network
-from ep_jax.checkpoint import write_json
-from ep_jax.costs import read_out
 from ep_jax.data import load, to_float
 from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
-from ep_jax.dynamics import Snapshot
-from ep_jax.run import provenance
+from ep_jax.files import write_json
+from ep_jax.provenance import provenance
+from ep_jax.relaxation import Snapshot
 from ep_jax.training import error_rate
 
 
@@ -61,11 +60,11 @@ def follow(
         images: uint8 ``[N, H, W, C]``.
         batch: images in flight at once.
     """
-    links = network.link(params, spec)
+    prepared = network.prepare(params, spec)
 
     def look(now: Snapshot) -> tuple[jax.Array, jax.Array]:
         spikes = jnp.stack([jnp.mean(jnp.abs(s)) for s in now.spikes])
-        return read_out(links, now.state[-1]).argmax(-1), spikes
+        return network.read_out(spec, prepared, now.state[-1]).argmax(-1), spikes
 
     def one(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         image, key = given

@@ -1,4 +1,4 @@
-"""What the experiments share: short trainings, exact gradients in float64, agreement, intervals."""
+"""What the experiments share: trainings, exact gradients in float64, agreement, intervals."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from scipy import stats
 
 import ep_jax as ep
@@ -126,6 +127,30 @@ def agreements(
         found.append(compare(grads, true))
     assert info is not None
     return jax.tree.map(lambda *fields: np.stack(fields), *found), info
+
+
+def muon(
+    learning_rate: float, steps: int, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Muon for the matrices of any model, Adam for its vectors; rates decay along a cosine.
+
+    A kernel of a convolution is a matrix from all its inputs to its outputs, the last axis. (For a
+    network alone `ep_jax.optimizers.make_optimizer` has a cheaper one.)
+    """
+
+    def matrices(params: Any) -> Any:
+        def axes(value: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+            inputs = tuple(range(value.ndim - 1))
+            return optax.contrib.MuonDimensionNumbers(inputs, value.ndim - 1) if inputs else None
+
+        return jax.tree.map(axes, params)
+
+    return optax.contrib.muon(
+        optax.cosine_decay_schedule(learning_rate, steps),
+        weight_decay=weight_decay,
+        adam_learning_rate=optax.cosine_decay_schedule(2e-3, steps),
+        muon_weight_dimension_numbers=matrices,
+    )
 
 
 class Journal:

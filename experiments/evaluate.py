@@ -14,9 +14,10 @@ from typing import Annotated
 import tyro
 
 from ep_jax import load_weights
-from ep_jax.checkpoint import write_json
 from ep_jax.data import load
-from ep_jax.run import evaluate, provenance
+from ep_jax.evaluation import evaluate
+from ep_jax.files import write_json
+from ep_jax.provenance import provenance
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics, plots
-from ep_jax.checkpoint import to_json, write_json
 from ep_jax.data import DATASETS, Dataset, load
+from ep_jax.descriptions import to_json
+from ep_jax.files import write_json
 from ep_jax.presets import PRESETS, spec_of
-from ep_jax.run import provenance
+from ep_jax.provenance import provenance
 
 
 @dataclass(frozen=True)

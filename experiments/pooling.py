@@ -29,11 +29,12 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics, network, training
-from ep_jax.checkpoint import to_json, write_json
 from ep_jax.data import Dataset, load, to_float
+from ep_jax.descriptions import to_json
+from ep_jax.files import write_json
 from ep_jax.gradients import GRADIENTS
 from ep_jax.presets import PRESETS
-from ep_jax.run import provenance
+from ep_jax.provenance import provenance
 
 WEAK = 0.05
 """Weak feedback; the other networks have the papers' 1."""
@@ -367,16 +368,15 @@ def _mechanism(
         pool); ``routed_wrong``: share of time in which the winner is not that of the read-out;
         ``state_error``: distance from the rate network's fixed point `twin`, relative, per layer.
     """
-    links = network.link(params, spec)
+    prepared, edge = network.prepare(params, spec), spec.edges[1]
 
     def seen_by_pool(state: ep.State) -> tuple[jax.Array, jax.Array]:
         packed = network.pack(spec, state)
-        pooled = network.drive(spec, links, 1, packed[0])
-        behind = network.behind(spec, links, 1, packed[0])
+        pooled = network.drive(spec, prepared, edge, packed[0])
+        behind = network.context(spec, prepared, edge, packed[0])  # of a max pool: by position
         if behind is None:
             return pooled, jnp.zeros(pooled.shape, jnp.int32)
-        h, _, w, _, c = behind.shape
-        return pooled, behind.transpose(0, 2, 4, 1, 3).reshape(h, w, c, 4).argmax(-1)
+        return pooled, behind.argmax(0)
 
     def one(x: jax.Array) -> tuple[Any, ...]:
         state, info = ep.free_phase(

@@ -14,11 +14,12 @@ import tyro
 from rich.console import Console
 
 from ep_jax import load_weights, save_weights
-from ep_jax.checkpoint import write_json
 from ep_jax.checks import check_non_negative
 from ep_jax.data import load
+from ep_jax.evaluation import evaluate
+from ep_jax.files import write_json
+from ep_jax.provenance import provenance
 from ep_jax.pruning import activity, prune
-from ep_jax.run import evaluate, provenance
 from ep_jax.training import error_rate, predict
 
 
@@ -66,7 +67,7 @@ def run(arguments: Arguments) -> None:
         "share": arguments.share,
         **{
             name: {
-                "units": [layer.features for layer in network[1].layers],
+                "units": [shape[-1] for shape in network[1].state_shapes],
                 "parameters": sum(a.size for a in jax.tree.leaves(network[0])),
                 "val_error": error_rate(answers[name], data.validation_labels),
             }

@@ -36,10 +36,12 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics, training
-from ep_jax.checkpoint import make_folder, to_json, write_json
 from ep_jax.data import Dataset, load, to_float
+from ep_jax.descriptions import to_json
+from ep_jax.evaluation import recurrence_of
+from ep_jax.files import make_folder, write_json
 from ep_jax.phases import optimal_relaxation
-from ep_jax.run import provenance, recurrence_of
+from ep_jax.provenance import provenance
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 A result file is the ``result.json`` of a run, kept as ``DATASET/NAME/seedN.json``; a row is a name,
 over its seeds. Published results stand above them. What feedback does is measured on validation
-images (`ep_jax.run.recurrence_of`), by the rate network at its fixed point; older files lack it.
+images (`ep_jax.evaluation.recurrence_of`), by the rate network at its fixed point; older files lack
+it.
 """
 
 from __future__ import annotations

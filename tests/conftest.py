@@ -9,7 +9,7 @@ import hypothesis
 import jax
 import pytest
 
-from ep_jax.run import divide_cpu
+from ep_jax.devices import divide_cpu
 
 # The cores of a CPU as two devices, for what divides a batch.
 divide_cpu(int(os.environ.get("EP_JAX_TEST_DEVICES", "2")))

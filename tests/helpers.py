@@ -13,11 +13,18 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 
 import ep_jax as ep
+from ep_jax.network import parameters_of
 
 Tree: TypeAlias = Any
+
+
+def slow(*values: Any) -> Any:
+    """A case of a parametrized test that ``make test`` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def attempt(call: Callable[[], Any]) -> Any:
@@ -31,16 +38,13 @@ def attempt(call: Callable[[], Any]) -> Any:
 def make_params(spec: ep.NetworkSpec, seed: int = 0, gain: float = 1.0, bias: float = 0.3) -> Tree:
     """Random float64 parameters ``N(0, gain^2 / fan_in)`` with biases that are not zero."""
     rng = np.random.default_rng(seed)
-    params, shape = [], spec.input_shape
-    for layer in spec.layers:
-        if isinstance(layer, ep.Conv):
-            size = (layer.kernel, layer.kernel, shape[-1], layer.features)
-        else:
-            size = (math.prod(shape), layer.features)
-        shape = layer.output_shape(shape)
-        w = rng.normal(size=size) * gain / math.sqrt(math.prod(size[:-1]))
-        b = rng.normal(size=layer.features) * bias
-        params.append({"w": jnp.asarray(w), "b": jnp.asarray(b)})
+    params = []
+    for like in parameters_of(spec):
+        shape = like["w"].shape
+        w = rng.normal(size=shape) * gain / math.sqrt(math.prod(shape[:-1]))
+        params.append({"w": jnp.asarray(w)})
+        if "b" in like:  # a skip has none
+            params[-1]["b"] = jnp.asarray(rng.normal(size=like["b"].shape) * bias)
     return tuple(params)
 
 
@@ -48,7 +52,7 @@ def make_batch(spec: ep.NetworkSpec, size: int, seed: int = 1) -> tuple[jax.Arra
     """Random inputs in [0, 1] and labels, of which no two neighbours are equal."""
     rng = np.random.default_rng(seed)
     xs = rng.uniform(size=(size, *spec.input_shape))
-    return jnp.asarray(xs), jnp.asarray(np.arange(size) % spec.layers[-1].features)
+    return jnp.asarray(xs), jnp.asarray(np.arange(size) % spec.classes)
 
 
 def make_state(spec: ep.NetworkSpec, seed: int = 2) -> tuple[jax.Array, ...]:
@@ -57,29 +61,46 @@ def make_state(spec: ep.NetworkSpec, seed: int = 2) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(rng.uniform(size=shape)) for shape in spec.state_shapes)
 
 
-def affine(layer: ep.Conv | ep.Dense, p: Tree, below: jax.Array) -> jax.Array:
+def affine(layer: ep.Layer, p: Tree, below: jax.Array) -> jax.Array:
     """``A(s)`` of one layer as the papers write it: convolution, bias, then the pool."""
+    bias = p.get("b", jnp.zeros(p["w"].shape[-1], p["w"].dtype))
     if isinstance(layer, ep.Dense):
-        return below.reshape(-1) @ p["w"] + p["b"]
+        return below.reshape(-1) @ p["w"] + bias
+    assert isinstance(layer, ep.Conv)
     out = jax.lax.conv_general_dilated(
-        below[None], p["w"], (1, 1), layer.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        below[None],
+        p["w"],
+        (layer.stride,) * 2,
+        layer.padding,
+        rhs_dilation=(layer.dilation,) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=layer.groups,
     )
-    out = out[0] + jnp.broadcast_to(p["b"], out[0].shape)
-    window = {"window_dimensions": (2, 2, 1), "window_strides": (2, 2, 1), "padding": "VALID"}
-    if layer.pool == "avg":
-        return jax.lax.reduce_window(out, np.zeros((), out.dtype)[()], jax.lax.add, **window) / 4
-    if layer.pool == "max":
+    out = out[0] + jnp.broadcast_to(bias, out[0].shape)
+    named: Any = {"avg": ep.AvgPool(), "max": ep.MaxPool()}
+    pool = named[layer.pool] if isinstance(layer.pool, str) else layer.pool
+    if pool is None:
+        return out
+    if isinstance(pool, ep.GlobalAvgPool):
+        return out.mean((0, 1), keepdims=True)
+    assert isinstance(pool, ep.AvgPool | ep.MaxPool)
+    size, step = (pool.size,) * 2, (pool.stride or pool.size,) * 2
+    window = {"window_dimensions": (*size, 1), "window_strides": (*step, 1), "padding": "VALID"}
+    if isinstance(pool, ep.MaxPool):
         return jax.lax.reduce_window(out, -jnp.inf, jax.lax.max, **window)
-    return out
+    total = jax.lax.reduce_window(out, np.zeros((), out.dtype)[()], jax.lax.add, **window)
+    return total / pool.size**2
 
 
 def reference_phi(params: Tree, spec: ep.NetworkSpec, x: jax.Array, state: Tree) -> jax.Array:
-    """``sum_l alpha^(l - L) <A_l(s_{l-1}), s_l>`` over the layers inside the dynamics."""
-    L = len(state)
-    below = (x, *state[:-1])
+    """``sum alpha^(m - L) <A(s_l), s_m>`` over the layers inside the dynamics, and the skips."""
+    L, states = len(state), (x, *state)
+    edges = [(l, l + 1, spec.layers[l]) for l in range(L)]
+    edges += [(skip.source, skip.target, skip.layer) for skip in spec.skips]
+    own = (*params[:L], *params[len(spec.layers) :])
     terms = [
-        spec.feedback ** (l + 1 - L) * jnp.sum(affine(spec.layers[l], params[l], below[l]) * s)
-        for l, s in enumerate(state)
+        spec.feedback ** (m - L) * jnp.sum(affine(layer, p, states[l]) * states[m])
+        for (l, m, layer), p in zip(edges, own, strict=True)
     ]
     return sum(terms[1:], terms[0])
 
@@ -106,7 +127,7 @@ def reference_nudge(params: Tree, spec: ep.NetworkSpec, last: jax.Array, y: jax.
 
 
 def one_hot(spec: ep.NetworkSpec, ys: jax.Array) -> jax.Array:
-    return jnp.eye(spec.layers[-1].features)[ys]
+    return jnp.eye(spec.classes)[ys]
 
 
 def exact_gradient(params: Tree, spec: ep.NetworkSpec, xs: Any, ys: Any, steps: int) -> Tree:

@@ -25,8 +25,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from ep_jax.checkpoint import write_json
-from ep_jax.run import provenance
+from ep_jax.files import write_json
+from ep_jax.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOCKS = ("seconds", "seconds_per_epoch", "compile_seconds")

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from ep_jax.checkpoint import write_json
-from ep_jax.run import provenance
+from ep_jax.files import write_json
+from ep_jax.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,11 +62,12 @@ MUTANTS: dict[str, Mutant] = {
     # Energy, currents, layers.
     "phi_weight": Mutant(
         "Phi without the weights alpha^(l - L)", "network.py",
-        "jnp.sum((below + links.biases[l]) * s) / spec.weight_of(l)",
-        "jnp.sum((below + links.biases[l]) * s)", NET),
+        "total + jnp.sum(below * s) / spec.weight_of(l)", "total + jnp.sum(below * s)", NET),
     "phi_bias": Mutant(
         "Phi without the biases", "network.py",
-        "jnp.sum((below + links.biases[l]) * s) /", "jnp.sum(below * s) /", NET),
+        "own = external(prepared, input_drive(spec, prepared, x))",
+        "own = external(prepared._replace(biases=tuple(map(jnp.zeros_like, prepared.biases))), "
+        "input_drive(spec, prepared, x))", NET),
     "energy_half": Mutant(
         "|s|^2 for |s|^2 / 2", "network.py", "/ (2 * spec.weight_of(l))", "/ spec.weight_of(l)",
         NET),
@@ -74,54 +75,56 @@ MUTANTS: dict[str, Mutant] = {
         "alpha^(L - l) off by one layer", "network.py",
         "** (self.depth - 1 - layer)", "** (self.depth - layer)", NET),
     "no_feedback": Mutant(
-        "no feedback at all", "dynamics.py", "spec.feedback * turn.above)", "0.0 * turn.above)",
-        DYN),
+        "no feedback at all", "coordinates.py", "spec.attenuation(edge) * above",
+        "0.0 * above", DYN),
     "full_feedback": Mutant(
-        "feedback not attenuated", "dynamics.py", "spec.feedback * turn.above)",
-        "1.0 * turn.above)", DYN),
+        "feedback not attenuated", "coordinates.py", "spec.attenuation(edge) * above",
+        "1.0 * above", DYN),
+    "skip_attenuated_as_a_layer": Mutant(
+        "a skip attenuated as if its ends were neighbours", "network.py",
+        "** (edge.target - edge.source)", "** 1", "test_derivatives.py"),
     "external_bias": Mutant(
-        "a bias dropped from the dynamics", "dynamics.py",
-        "self._external = (links.biases[0] + drive, *links.biases[1:])",
-        "self._external = (drive, *links.biases[1:])", DYN),
+        "a bias dropped from the dynamics", "network.py",
+        "b if drive is None else b + drive for b, drive",
+        "b if drive is None else drive for b, drive", DYN),
     "dense_transpose": Mutant(
         "the adjoint of a dense layer rolled by one", "layers.py",
-        "return field @ matrix.T", "return jnp.roll(field @ matrix.T, 1)", LAY),
+        "return field @ prepared.T", "return jnp.roll(field @ prepared.T, 1)", LAY),
     "conv_transpose": Mutant(
         "a kernel not transposed in the loop of the adjoint", "convolution.py",
         "corner, weights = _apart(part[0]), part[1]",
         "corner, weights = _apart(part[0]), part[1][::-1]", LAY),
     "pool_quarter": Mutant(
-        "the adjoint of the average pool without / 4", "layers.py",
-        "2, channels), 0.25, field.dtype)", "2, channels), 1.0, field.dtype)", LAY),
+        "the mean of a window for its sum", "pools.py",
+        "return self.windows(z).mean(0)", "return self.windows(z).sum(0)", LAY),
     "fold_quarter": Mutant(
-        "the folded pool without / 4", "layers.py", "for shift in shifts]) / 4",
+        "the folded pool without / 4", "conv.py", "for shift in shifts]) / 4",
         "for shift in shifts])", LAY),
     "fold_flip": Mutant(
-        "the folded kernel shifted the wrong way", "layers.py",
+        "the folded kernel shifted the wrong way", "conv.py",
         "shifts = [((i, 1 - i), (j, 1 - j)", "shifts = [((i, 1 - i), (0, 1)", LAY),
     "padding": Mutant(
-        "padding before and after swapped", "layers.py",
-        "return before, layer.kernel - 1 - before", "return layer.kernel - 1 - before, before",
-        LAY),
+        "padding before and after swapped", "conv.py",
+        "return before, self.kernel - 1 - before", "return self.kernel - 1 - before, before", LAY),
     "winners": Mutant(
-        "losers of a max pool hear as much as winners", "layers.py",
-        "return won / won.sum((1, 3), keepdims=True)", "return jnp.ones_like(won)", LAY),
+        "losers of a max pool hear as much as winners", "pools.py",
+        "return won / won.sum(0)", "return jnp.ones_like(won)", LAY),
     "flatten": Mutant(
-        "blocks packed in another order than they are unpacked", "layers.py",
+        "blocks packed in another order than they are unpacked", "conv.py",
         "packed = packed.reshape(h // 2, w // 2, 2, 2, c).transpose(0, 2, 1, 3, 4)",
         "packed = packed.reshape(h // 2, w // 2, 2, 2, c).transpose(0, 3, 1, 2, 4)", LAY),
     # The relaxation.
     "nudge_sign": Mutant(
-        "the nudge away from the target", "dynamics.py",
-        "total = total - beta * cost_gradient(", "total = total + beta * cost_gradient(", EP),
+        "the nudge away from the target", "coordinates.py",
+        "total = total - self._nudge.beta", "total = total + self._nudge.beta", EP),
     "nudge_sign_displaced": Mutant(
-        "the same in displacement coordinates", "dynamics.py",
-        "current = current - cost_gradient(", "current = current + cost_gradient(", EP),
+        "the same in displacement coordinates", "coordinates.py",
+        "current = current - self._nudge", "current = current + self._nudge", EP),
     "nudge_at_rest": Mutant(
-        "the nudge of the free state, not of the nudged one", "dynamics.py",
-        "output = self._base.state[l] + self._beta * d", "output = self._base.state[l]", EP),
+        "the nudge of the free state, not of the nudged one", "coordinates.py",
+        "output = self._base.state[l] + self._nudge.beta * d", "output = self._base.state[l]", EP),
     "state_reset": Mutant(
-        "the nudged phase starts from zero", "dynamics.py",
+        "the nudged phase starts from zero", "coordinates.py",
         "self.start = start\n        if nudge",
         "self.start = tuple(0 * s for s in start) if nudge else start\n        if nudge", DYN),
     "sweep_order": Mutant(
@@ -130,10 +133,10 @@ MUTANTS: dict[str, Mutant] = {
         "return tuple(upwards)", DYN),
     "opening": Mutant(
         "an opening sweep leaves out one product too many", "phases.py",
-        "above = l + 1 < depth and heard[l + 1]", "above = l + 2 < depth and heard[l + 1]", DYN),
+        "if heard[edge.target] or (displaced", "if heard[-1] or (displaced", DYN),
     "in_place": Mutant(
-        "synchronous sweeps read what was just updated", "dynamics.py",
-        "heard = tuple(latest if in_place else before)", "heard = tuple(latest)", DYN),
+        "synchronous sweeps read what was just updated", "relaxation.py",
+        "heard = tuple(latest if self._in_place else before)", "heard = tuple(latest)", DYN),
     "damping": Mutant(
         "a damped step that overshoots", "neurons.py",
         "old + epsilon * (new - old)", "old + 2 * epsilon * (new - old)", NEU),
@@ -142,20 +145,23 @@ MUTANTS: dict[str, Mutant] = {
         "return jnp.clip(h + (x - s), -s, 1.0 - s)", "return jnp.clip(h + (x - s), 0.0, 1.0)",
         NEU),
     "drive_difference": Mutant(
-        "the bias in the displaced current", "dynamics.py",
-        "total = total + spec.feedback * moved\n",
-        "total = total + spec.feedback * (moved + links.biases[l])\n", EP),
+        "the bias in the displaced current", "coordinates.py",
+        "total = total + spec.attenuation(edge) * moved\n",
+        "total = total + spec.attenuation(edge) * (moved + prepared.biases[l])\n", EP),
     "key_shared": Mutant(
-        "one random number for all layers", "dynamics.py",
-        "jax.random.fold_in(jax.random.fold_in(key, t), l)", "jax.random.fold_in(key, t)", DYN),
+        "one random number for all layers", "relaxation.py",
+        "jax.random.fold_in(jax.random.fold_in(self._key, clock.step), l)",
+        "jax.random.fold_in(self._key, clock.step)", DYN),
     "key_frozen": Mutant(
-        "one random number for all sweeps", "dynamics.py",
-        "jax.random.fold_in(jax.random.fold_in(key, t), l)", "jax.random.fold_in(key, l)", DYN),
+        "one random number for all sweeps", "relaxation.py",
+        "jax.random.fold_in(jax.random.fold_in(self._key, clock.step), l)",
+        "jax.random.fold_in(self._key, l)", DYN),
     # How far it is from its fixed point, and what follows from that.
     "relaxation_lost": Mutant(
-        "no over-relaxation", "dynamics.py", "phases.relaxation * epsilon)", "epsilon)", SET),
+        "no over-relaxation", "relaxation.py", "self._phases.relaxation * epsilon)",
+        "epsilon)", SET),
     "relaxation_twice": Mutant(
-        "twice over-relaxed", "dynamics.py", "phases.relaxation * epsilon)",
+        "twice over-relaxed", "relaxation.py", "phases.relaxation * epsilon)",
         "phases.relaxation**2 * epsilon)", SET),
     "best_settled": Mutant(
         "the best settled examples go on", "dynamics.py",
@@ -165,15 +171,14 @@ MUTANTS: dict[str, Mutant] = {
         "all_.at[slow].set(some)", "all_.at[slow].set(some[::-1])", SET),
     "resumed_clock": Mutant(
         "stragglers begin their schedule anew", "dynamics.py",
-        "resumed = resumed._replace(t=jnp.asarray(done, jnp.int32))",
-        "resumed = resumed._replace(t=jnp.asarray(0, jnp.int32))", SET),
+        "made = jnp.asarray(phases.sweeps(coordinates.nudged), jnp.int32)",
+        "made = jnp.asarray(0, jnp.int32)", SET),
     "residual_layer": Mutant(
         "the residual relative to another layer", "dynamics.py",
-        "swept.state, state, coordinates.moved(state)))",
-        "swept.state, state, coordinates.moved(state)[::-1]))", SET),
+        "changes, coordinates.moved(state)))", "changes, coordinates.moved(state)[::-1]))", SET),
     "residual_of_drive": Mutant(
-        "a residual before the activation", "dynamics.py",
-        "tuple(activation_of(spec, l).apply(i) for l, i in enumerate(currents)), currents",
+        "a residual before the activation", "coordinates.py",
+        "tuple(spec.activation(l).apply(i) for l, i in enumerate(currents)), currents",
         "tuple(currents), currents", SET),
     "residual_mean": Mutant(
         "the mean residual of a batch told as its largest", "dynamics.py",
@@ -183,47 +188,53 @@ MUTANTS: dict[str, Mutant] = {
         "largest(residuals(coordinates, readout)) < tolerance",
         "residuals(coordinates, readout)[-1] < tolerance", SET),
     "unit_underflow": Mutant(
-        "units of a displacement without a lower bound", "dynamics.py",
+        "units of a displacement without a lower bound", "coordinates.py",
         "max(spec.weight_of(l), rounding)", "spec.weight_of(l)", SET),
     "limit": Mutant(
-        "the limit on all examples of a batch", "gradients/equilibrium.py",
+        "the limit on all examples of a batch", "gradients/ep.py",
         "factors = jnp.where(sizes > most,", "factors = jnp.where(sizes > 0,", SET),
     "share_of_feedback": Mutant(
         "the feedback of the image itself for that of another", "diagnostics.py",
         "jnp.roll(h, 1, 0), heard)", "jnp.roll(h, 0, 0), heard)", SET),
     # Gradients.
     "half": Mutant(
-        "the symmetric estimate without 1/2", "gradients/equilibrium.py",
+        "the symmetric estimate without 1/2", "gradients/ep.py",
         "jnp.full(len(signs), 1 / len(signs), dtype)", "jnp.ones(len(signs), dtype)", EP),
     "beta": Mutant(
-        "psi without 1/beta", "gradients/equilibrium.py",
-        "phi_of(inputs, s) / beta)(points.betas", "phi_of(inputs, s))(points.betas", EP),
+        "psi without 1/beta", "gradients/ep.py",
+        "phi_of(inputs, s) / beta)(", "phi_of(inputs, s))(", EP),
     "gradient_sign": Mutant(
-        "the gradient uphill", "gradients/equilibrium.py",
-        "jax.tree.map(jnp.negative, p) for p in psi", "jax.tree.map(jnp.positive, p) for p in psi",
-        EP),
+        "the gradient uphill", "gradients/ep.py",
+        "weights = jnp.full(batch, -1 / batch,", "weights = jnp.full(batch, 1 / batch,", EP),
+    "cotangent_sign": Mutant(
+        "the derivative of an equilibrium uphill", "derivatives.py", "(params, xs, -sizes)",
+        "(params, xs, sizes)", "test_derivatives.py"),
+    "cotangent_size": Mutant(
+        "the size of a cotangent forgotten", "derivatives.py", "(params, xs, -sizes)",
+        "(params, xs, -jnp.ones_like(sizes))", "test_derivatives.py"),
     "free_term": Mutant(
-        "one-sided EP without the free state", "gradients/equilibrium.py",
-        "return total - jnp.mean(phi_of(given.xs, free.state) / points.betas[0])", "return total",
-        EP),
+        "one-sided EP without the free state", "gradients/ep.py",
+        "return total - (at_rest / points.betas[0]) @ weights", "return total", EP),
     "second_order": Mutant(
-        "the second-order term of the displaced gradient", "gradients/equilibrium.py",
+        "the second-order term of the displaced gradient", "gradients/ep.py",
         "nudged = base.state[l] + beta * spec.weight_of(l) * v", "nudged = base.state[l]", EP),
     "key_of_phases": Mutant(
         "the phases at plus and minus beta draw other random numbers",
-        "gradients/equilibrium.py",
-        "(betas, ys, drives, state),\n            given.nudged_keys,\n",
-        "(betas, ys, drives, state),\n            None if given.nudged_keys is None else "
-        "jax.vmap(jax.random.fold_in)(given.nudged_keys, (betas > 0).astype(int)),\n", EP),
+        "gradients/ep.py",
+        "examples = (betas, data, drives, state)\n        found = dynamics.settle_batch("
+        "spec, phases, True, coordinates_of, examples, keys)",
+        "examples = (betas, data, drives, state)\n        own = None if keys is None else "
+        "jax.vmap(jax.random.fold_in)(keys, (betas > 0).astype(int))\n        "
+        "found = dynamics.settle_batch(spec, phases, True, coordinates_of, examples, own)", EP),
     "conjugates": Mutant(
-        "points of the circle counted once that stand for two", "gradients/equilibrium.py",
+        "points of the circle counted once that stand for two", "gradients/ep.py",
         "np.where(real, 1.0, 2.0)", "np.where(real, 1.0, 1.0)", EP),
     "readout": Mutant(
-        "the read-out of a cross-entropy network does not learn", "gradients/equilibrium.py",
-        "grads = (*grads[:-1], *found.readout_gradient)", "grads = (*grads[:-1], grads[-1])", EP),
+        "the read-out of a cross-entropy network does not learn", "gradients/batch.py",
+        "return (*before, found.readout_gradient, *after)", "return gradient", EP),
     "softmax_nudge": Mutant(
-        "logits for probabilities in the nudge", "costs.py",
-        "jax.nn.softmax(answer) - y", "answer - y", EP),
+        "a soft-max that does not divide by its sum", "costs.py",
+        "jnp.sum(target) * jnp.log(jnp.sum(jnp.exp(shifted)))", "0.0", EP),
     "tracked": Mutant(
         "one sweep too few tracked by truncated BPTT", "gradients/bptt.py",
         "if tracked < phase.length:", "if (tracked := tracked - 1) < phase.length:", BPTT),
@@ -237,7 +248,7 @@ MUTANTS: dict[str, Mutant] = {
     # Neurons.
     "encoder_index": Mutant(
         "encoder and decoder of different sweeps", "neurons.py",
-        "heard = sent if clock.fresh else self.leak(jnp.maximum(now - 1, 1.0))",
+        "heard = sent if clock.neighbours_updated else self.leak(jnp.maximum(now - 1, 1.0))",
         "heard = self.leak(jnp.maximum(now - 2, 1.0))", NEU),
     "predictor": Mutant(
         "an encoder that does not invert the decoder", "neurons.py",
@@ -276,7 +287,8 @@ MUTANTS: dict[str, Mutant] = {
     # Training.
     "decay_rate": Mutant(
         "weights decay without the learning rate of their layer", "optimizers.py",
-        "        *direction,\n        optax.stateless(scale_layers),\n",
+        "        *direction,\n        *((shrink_links(spec, shrink),) if shrink else ()),\n"
+        "        optax.stateless(scale_layers),\n",
         "        direction[0],\n        optax.stateless(scale_layers),\n        *direction[1:],\n",
         "test_optimizers.py"),
     "cap_above": Mutant(
@@ -285,8 +297,7 @@ MUTANTS: dict[str, Mutant] = {
         "test_optimizers.py"),
     "cap_update": Mutant(
         "a cap on the update, not on the link", "optimizers.py",
-        "factor * updates[l][\"w\"] + (factor - 1) * params[l][\"w\"]",
-        "factor * updates[l][\"w\"]", "test_optimizers.py"),
+        "factor * u[n] + (factor - 1) * p[n]", "factor * u[n]", "test_optimizers.py"),
     "unsettled_untold": Mutant(
         "an optimiser that is not told of unsettled images", "training.py",
         "state.params, unsettled=info.free.unsettled", "state.params", "test_training.py"),
@@ -295,8 +306,9 @@ MUTANTS: dict[str, Mutant] = {
         "jax.random.split(jax.random.fold_in(key, state.step))", "jax.random.split(key)",
         "test_training.py"),
     "epoch_order": Mutant(
-        "every epoch in the same order", "run.py",
-        "np.random.default_rng([config.seed, epoch])", "np.random.default_rng([config.seed])",
+        "every epoch in the same order", "loop.py",
+        "np.random.default_rng([self.config.seed, epoch])",
+        "np.random.default_rng([self.config.seed])",
         "test_run.py"),
 }  # fmt: skip
 

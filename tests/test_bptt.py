@@ -296,7 +296,9 @@ def test_signal_of_a_neuron_has_the_derivative_of_its_state(neuron: Any) -> None
     it, as the encoder inverts the decoder; the other models send the target itself.
     """
     target = jnp.linspace(0.05, 0.95, 19)
-    now = Clock(jnp.asarray(0), 9, 0, 1, 1.0, 1.0, fresh=False, nudged=False, displaced=False)
+    now = Clock(
+        jnp.asarray(0), 9, 0, 1, 1.0, 1.0, neighbours_updated=False, nudged=False, displaced=False
+    )
 
     def sent(target: jax.Array) -> jax.Array:
         state = neuron.start(jnp.zeros(19), jnp.zeros(19))

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import sys
 import warnings
 import zlib
@@ -19,8 +20,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from ep_jax import data
-from ep_jax.data import DATASETS, Dataset, load, to_float
+from ep_jax import sources
+from ep_jax.data import DATASETS, Dataset, from_arrays, load, to_float
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -242,7 +243,7 @@ def test_the_second_load_comes_from_the_cache(
     first = load("mnist", data_dir=folder, cache_dir=tmp_path / "here", validation=10)
     assert [file.suffix for file in (tmp_path / "here").iterdir()] == [".npz"]
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(data, "_read_idx", refuse)
+    monkeypatch.setattr(sources, "_read_idx", refuse)
     assert_same(load("mnist", data_dir=folder, cache_dir=tmp_path / "here", validation=10), first)
 
 
@@ -274,7 +275,7 @@ def test_a_damaged_cache_is_rebuilt_silently(
     if damage == "incomplete":
         np.savez(cache, train_images=first.train_images)
     elif damage == "pickled":
-        objects: dict[str, Any] = dict.fromkeys(data._Given._fields, np.array([None]))
+        objects: dict[str, Any] = dict.fromkeys(sources.Given._fields, np.array([None]))
         np.savez(cache, **objects)
     else:
         content[200] ^= 1
@@ -282,7 +283,7 @@ def test_a_damaged_cache_is_rebuilt_silently(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(load("mnist", data_dir=folder, validation=10), first)
-        monkeypatch.setattr(data, "_read_idx", refuse)
+        monkeypatch.setattr(sources, "_read_idx", refuse)
         assert_same(load("mnist", data_dir=folder, validation=10), first)
 
 
@@ -398,6 +399,76 @@ def test_prepared_files_cut_off_are_named(tmp_path: Path, kind: str, keep: int) 
         load("mnist", data_dir=tmp_path)
 
 
+# CIFAR-10
+
+
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def planes(batch: int) -> tuple[np.ndarray, list[int]]:
+    """Four images of random bytes, with labels; each batch has its own."""
+    rng = np.random.default_rng(batch)
+    return rng.integers(0, 256, (4, 3072), dtype=np.uint8), [(batch + i) % 10 for i in range(4)]
+
+
+def write_cifar(folder: Path, form: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(BATCHES):
+        pixels, labels = planes(number)
+        if form == "bin":
+            records = np.concatenate([np.array(labels, np.uint8)[:, None], pixels], axis=1)
+            (folder / f"{name}.bin").write_bytes(records.tobytes())
+        else:
+            batch = {b"batch_label": b"of", b"labels": labels, b"data": pixels}
+            # As NumPy was called when CIFAR-10 was published.
+            written = pickle.dumps(batch, protocol=2).replace(b"numpy._core", b"numpy.core")
+            (folder / name).write_bytes(written)
+    return folder
+
+
+def test_cifar_is_the_same_in_every_form_and_place(tmp_path: Path) -> None:
+    """Planes taken for rows, batches out of order, or images of another set that validate."""
+    expected = load(
+        "cifar10", data_dir=write_cifar(tmp_path / "a/cifar-10-batches-bin", "bin"), validation=3
+    )
+    assert expected.train_images.shape == (17, 32, 32, 3)
+    pixels, labels = planes(1)
+    red, green, blue = pixels[2].reshape(3, 32, 32)
+    image = expected.train_images[6]
+    assert (image == np.stack([red, green, blue], axis=-1)).all()
+    assert expected.train_labels[6] == labels[2]
+    assert expected.validation_labels.tolist() == planes(4)[1][1:]
+    assert expected.test_labels.tolist() == planes(5)[1]
+    write_cifar(tmp_path / "b/cifar10/cifar-10-batches-py", "py")
+    write_cifar(tmp_path / "c", "py")
+    for place in ("a", "b", "b/cifar10", "c"):
+        assert_same(load("cifar10", data_dir=tmp_path / place, validation=3), expected)
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data_batch_2.bin", bytes(3073 * 2 - 1), "found 6145 bytes; expected a multiple of 3073"),
+        ("data_batch_2.bin", b"", "found 0 bytes; expected a multiple of 3073"),
+        ("test_batch.bin", bytes([10]) + bytes(3072), "found the label 10; expected labels in 0"),
+        ("test_batch", pickle.dumps({b"data": Harmful(), b"labels": []}), "asks for .*system"),
+        ("test_batch", pickle.dumps({b"labels": []}), "found damage"),
+        ("data_batch_4", pickle.dumps({b"data": np.zeros((4, 3072)), b"labels": [0] * 4}), "float"),
+    ],
+)
+def test_damaged_cifar_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    """A stranger's pickle that runs a program, or half a batch that passes for a whole one."""
+    folder = write_cifar(tmp_path / "damaged", "bin" if name.endswith(".bin") else "py")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        load("cifar10", data_dir=folder, validation=3)
+
+
 # Scaling
 
 
@@ -412,8 +483,9 @@ def test_to_float() -> None:
     assert inside.dtype == jnp.float32
     assert inside.max() == 1
     np.testing.assert_array_max_ulp(np.asarray(inside), scaled, maxulp=1)
-    with pytest.raises(ValueError, match="images has dtype float32; expected uint8"):
-        to_float(scaled)
+    assert to_float(scaled) is scaled
+    with pytest.raises(TypeError, match="images has dtype int32; expected uint8 or floating point"):
+        to_float(images.astype(np.int32))
 
 
 # Real data
@@ -437,3 +509,47 @@ def test_prepared_data_is_the_official_data_in_the_official_order(
     assert len(default.train_images) == 55_000
     shares = np.bincount(whole.train_labels) * (5_000 / 60_000)
     assert np.abs(np.bincount(default.validation_labels) - shares).max() < 1
+
+
+# Own arrays
+
+
+def letters(**changed: Any) -> Any:
+    """26 classes, images that are not square, colours."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(104) % 26
+    images = rng.integers(0, 256, (104, 5, 7, 3), np.uint8)
+    given = {"train": (images, labels), "test": (images[:52], labels[:52]), "validation": 26}
+    return from_arrays("letters", **given | changed)
+
+
+def test_own_arrays_are_held_out_by_class() -> None:
+    """A built-in ten; images that lose their labels."""
+    data = letters()
+    assert (data.name, data.classes, data.train_images.shape) == ("letters", 26, (78, 5, 7, 3))
+    assert sorted(data.validation_labels) == list(range(26))
+    kept = {image.tobytes() for image in (*data.train_images, *data.validation_images)}
+    assert kept == {image.tobytes() for image in letters(validation=0).train_images}
+    vectors = from_arrays(
+        "rows", (np.eye(4), np.arange(4)), (np.eye(4), np.arange(4)), validation=0, classes=9
+    )
+    assert (vectors.classes, vectors.train_images.shape) == (9, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"validation": 104}, ValueError, "validation is 104; expected an integer"),
+        ({"classes": 20}, ValueError, "label 2[0-5]; expected labels in 0 .. 19"),
+        ({"train": (np.zeros((4, 2)), np.zeros(3, int))}, ValueError, "4 images and 3 labels"),
+        ({"test": (np.zeros((4, 5, 7, 1)), np.zeros(4, int))}, ValueError, "test_images has shape"),
+        ({"test": (np.full((4, 5, 7, 3), np.nan), np.zeros(4, int))}, ValueError, "NaN"),
+        ({"test": (np.zeros((4, 5, 7, 3), int), np.zeros(4, int))}, TypeError, "dtype int64"),
+        ({"test": (np.zeros((4, 5, 7, 3)), np.zeros(4))}, ValueError, "test_labels .* integers"),
+        ({"test": (np.zeros((0, 5, 7, 3)), np.zeros(0, int))}, ValueError, "N of at least 1"),
+    ],
+)
+def test_own_arrays_that_do_not_fit_are_named(changed: Any, error: Any, said: str) -> None:
+    """An error of XLA's own, or a training on labels that no output has."""
+    with pytest.raises(error, match=said):
+        letters(**changed)

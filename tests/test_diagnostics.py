@@ -130,7 +130,7 @@ def test_ep_and_bptt_agree_sweep_by_sweep(name: str) -> None:
             expected = np.asarray(curves.bptt_params[l][kind])
             atol = 1e-6 * np.abs(expected).max()
             np.testing.assert_allclose(curves.ep_params[l][kind], expected, rtol=0, atol=atol)
-        units = bptt_state.mean(1).reshape(10, -1, spec.layers[l].features).sum(1)
+        units = bptt_state.mean(1).reshape(10, -1, spec.state_shapes[l][-1]).sum(1)
         np.testing.assert_allclose(curves.bptt_params[l]["b"], units, rtol=0, atol=1e-14)
     truncated = jax.jit(ep.bptt_gradient, static_argnames=("spec", "phases", "tracked"))(
         params, spec, xs, ys, phases, tracked=10
@@ -265,13 +265,13 @@ def test_connections_are_what_a_drive_hangs_on(fold: bool) -> None:
         (8, 8, 1), (ep.Conv(2, 3), ep.Conv(3, 2, "avg", fold=fold), ep.Dense(2)), ep.Rate()
     )
     params = make_params(spec)
-    links = network.link(params, spec)
-    first = jax.jacobian(lambda x: network.input_drive(spec, links, x))(jnp.zeros((8, 8, 1)))
+    prepared, edges = network.prepare(params, spec), spec.edges
+    first = jax.jacobian(lambda x: network.input_drive(spec, prepared, x)[0])(jnp.zeros((8, 8, 1)))
     counted = diagnostics.connections(spec)
     assert counted[0] == np.count_nonzero(first)
     if fold:
         below = network.pack(spec, make_state(spec))[0]
-        second = jax.jacobian(lambda s: network.drive(spec, links, 1, s))(below)
+        second = jax.jacobian(lambda s: network.drive(spec, prepared, edges[1], s))(below)
         assert counted[1] == np.count_nonzero(second)
     else:  # 2x2 kernels at 2x2 positions that are pooled
         assert counted[1] == 4 * (2 * 2 * 2) * 3

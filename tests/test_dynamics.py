@@ -20,11 +20,12 @@ from helpers import (
     reference_cost,
     reference_current,
     reference_nudge,
+    slow,
 )
 
 import ep_jax as ep
-from ep_jax import dynamics
 from ep_jax import phases as phases_
+from ep_jax import relaxation
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -103,10 +104,10 @@ def test_sweeps_update_layers_in_their_order(sweep: Any) -> None:
         (ep.Rate(), "alternating"),
         (ep.Rate(), "ordered"),
         (ep.SigmaDelta(), "alternating"),
-        (ep.SigmaDelta(decode="signal"), "ordered"),
+        slow(ep.SigmaDelta(decode="signal"), "ordered"),
         (ep.DeltaCode(), "ordered"),
-        (ep.Bernoulli(), "alternating"),
-        (ep.IntegrateFire(), "ordered"),
+        slow(ep.Bernoulli(), "alternating"),
+        slow(ep.IntegrateFire(), "ordered"),
     ],
 )
 def test_the_opening_leaves_out_zeros_alone(
@@ -124,7 +125,7 @@ def test_the_opening_leaves_out_zeros_alone(
             lengths.append(len(found))
             return found
 
-        monkeypatch.setattr(dynamics, "plan", patched)
+        monkeypatch.setattr(relaxation, "plan", patched)
         phases = ep.Phases(4, 5, sweep=sweep, coordinates="displacement")
         key = jax.random.key(3)
 

@@ -21,7 +21,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(ep.__path__, "ep_jax.")]
 def test_docstring_examples(name: str) -> None:
     """With the names that ``from ep_jax import *`` gives, jax and jnp."""
     module = importlib.import_module(name)
-    names = vars(module) | vars(ep) | {"ep_jax": ep, "jax": jax, "jnp": jnp}
+    names = vars(ep) | vars(module) | {"ep_jax": ep, "jax": jax, "jnp": jnp}
     assert doctest.testmod(module, globs=names).failed == 0
 
 
@@ -42,11 +42,12 @@ def issubclass_of_tuple(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, tuple)
 
 
-def test_the_readme_examples() -> None:
-    """The blocks of Python in the README, one after the other, as a reader would run them."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
+def test_the_examples_of_a_page(page: str) -> None:
+    """Its blocks of Python, one after the other, as a reader would run them."""
+    text = (Path(__file__).parent.parent / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)

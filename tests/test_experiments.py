@@ -19,6 +19,7 @@ import prune
 import pytest
 import recurrence
 import results_table
+import robustness
 
 import ep_jax as ep
 from ep_jax import training
@@ -34,6 +35,7 @@ def images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.kron(coarse, np.ones((1, 4, 4, 1))).astype(np.float32), np.arange(count) % 10
 
 
+@pytest.mark.slow
 def test_gradient_check_of_saved_weights(tmp_path: Path) -> None:
     """A network nobody trained: at weak feedback its rate gradients are exact, and so says it."""
     layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
@@ -171,6 +173,7 @@ def test_the_answer_after_each_sweep() -> None:
         np.testing.assert_allclose(spikes[sweeps - 1], info.spikes, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_pruned_weights_answer_as_before(tmp_path: Path) -> None:
     """A network of which two channels and three units never wake."""
     layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
@@ -239,3 +242,36 @@ def test_results_become_a_table(tmp_path: Path) -> None:
         results_table.table(tmp_path)
     with pytest.raises(ValueError, match="expected a folder with DATASET/NAME"):
         results_table.table(tmp_path / "mnist" / "single")
+
+
+def test_spoiled_images_are_what_they_are_said_to_be() -> None:
+    """A strength of zero that spoils, values beyond [0, 1], a square of another size or place."""
+    images = np.random.default_rng(0).uniform(size=(5, 10, 12, 1)).astype(np.float32)
+    for kind in robustness.STRENGTHS:
+        if kind != "attack":
+            np.testing.assert_allclose(robustness.spoil(kind, 0.0, images), images, atol=1e-6)
+            spoiled = robustness.spoil(kind, 0.9, images)
+            assert spoiled.dtype == images.dtype
+            assert 0 <= spoiled.min() <= spoiled.max() <= 1
+    hidden = robustness.spoil("hidden square", 0.4, images)
+    assert ((hidden == 0).sum((1, 2, 3)) == 16).all()
+    assert len({tuple(np.argwhere(image == 0)[0]) for image in hidden}) > 1
+    grey = robustness.spoil("lost contrast", 1.0, images)
+    np.testing.assert_allclose(
+        grey, np.broadcast_to(images.mean((1, 2), keepdims=True), grey.shape)
+    )
+
+
+@pytest.mark.parametrize("rule", [ep.EP(), ep.BPTT()])
+def test_an_attack_on_a_linear_network_is_the_best_there_is(rule: ep.Derivative) -> None:
+    """Steps down, or out of the ball; a gradient of another image: best is a corner of the ball."""
+    spec = ep.NetworkSpec((6,), (ep.Dense(2),), ep.Rate())
+    params = ep.init_params(jax.random.key(0), spec)
+    outputs = robustness.outputs_of(params, spec, ep.Phases(free=4, nudged=4), rule)
+    xs, ys = (
+        jax.random.uniform(jax.random.key(1), (4, 6), minval=0.2, maxval=0.7),
+        jnp.arange(4) % 2,
+    )
+    moved = robustness.attack(outputs, xs, ys, 0.1, 20, jax.random.key(2))
+    towards = params[0]["w"].T[1 - ys] - params[0]["w"].T[ys]
+    np.testing.assert_allclose(moved, xs + 0.1 * jnp.sign(towards), atol=1e-6)

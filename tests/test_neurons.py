@@ -27,7 +27,7 @@ signed = st.lists(st.floats(-1, 1), min_size=STEPS, max_size=STEPS).map(np.array
 def clock(step: Any = 0, **other: Any) -> Clock:
     settings: dict[str, Any] = {
         "steps": STEPS, "before": 0, "layer": 1, "unit": 1.0, "error": 1.0,
-        "fresh": False, "nudged": False, "displaced": False,
+        "neighbours_updated": False, "nudged": False, "displaced": False,
     }  # fmt: skip
     return Clock(step=jnp.asarray(step), **{**settings, **other})
 
@@ -116,7 +116,7 @@ def sigma_delta_run(neuron: ep.SigmaDelta, s: np.ndarray, fresh: bool, displaced
         sender, receiver = carry
         target, t = inputs
         now = clock(t, displaced=displaced, nudged=displaced)
-        hears = clock(t, displaced=displaced, nudged=displaced, fresh=fresh)
+        hears = clock(t, displaced=displaced, nudged=displaced, neighbours_updated=fresh)
         # The receiver listens after the sender spoke in this sweep (fresh), or before it.
         if not fresh:
             receiver, _ = neuron.step(receiver, neuron.signal(sender), impose(target), hears, None)

@@ -19,13 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import slow
 from rich.console import Console
 
 import ep_jax as ep
-from ep_jax import plots, run, training
-from ep_jax.data import load, to_float
+from ep_jax import evaluation, plots, run, training
+from ep_jax.data import from_arrays, load, to_float
+from ep_jax.descriptions import to_json
 from ep_jax.gradients import GRADIENTS
 from ep_jax.health import DivergedError
+from ep_jax.loop import Training
 from ep_jax.optimizers import link_norms
 from ep_jax.presets import PRESETS, Config, spec_of
 
@@ -57,6 +60,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For runs of which other files are looked at."""
     monkeypatch.setattr(run, "_draw", lambda *args: None)
+
+
+@pytest.fixture
+def without_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs of which the training is looked at: it ends with the weights, not evaluated."""
+
+    def finish(training: Training, state: Any, history: Any, out: Path, console: Any) -> Any:
+        del history, console
+        params = jax.device_get(state.params)
+        ep.save_weights(out, params, training.spec, training.config.phases)
+        return {"config": to_json(training.config)}
+
+    monkeypatch.setattr(run, "_finish", finish)
 
 
 def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
@@ -97,9 +113,40 @@ def test_the_result_is_what_the_weights_give(finished: Path) -> None:
     assert training.error_rate(answers, data.test_labels) == result["test_error_4x"]
 
 
+@pytest.mark.parametrize(("shape", "classes"), [((28, 20, 1), 26), slow((32, 32, 3), 10)])
+def test_a_run_on_ones_own_arrays(shape: tuple[int, ...], classes: int, tmp_path: Path) -> None:
+    """Ten classes, grey or square images built in; a saved network that forgot how to normalise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(12 * classes) % classes
+    prototypes = rng.integers(0, 256, (classes, *shape))
+    images = np.clip(prototypes[labels] + rng.normal(0, 20, (len(labels), *shape)), 0, 255)
+    images = images.astype(np.uint8)
+    unseen = slice(10 * classes, None)
+    data = from_arrays(
+        "own", (images[: unseen.start], labels[: unseen.start]), (images[unseen], labels[unseen]),
+        validation=classes,
+    )  # fmt: skip
+    config = dataclasses.replace(
+        TINY,
+        layers=(ep.Conv(4, 5, ep.AvgPool(3, stride=2)), ep.Dense(32)),
+        epochs=8,
+        batch=classes,
+        normalization=ep.Normalization(mean=0.5, std=0.25),
+    )
+    seen: list[Any] = []
+    result = train(config, tmp_path / "run", data=data, on_epoch=seen.append)
+    assert [record["val_error"] for record in seen] == result["val_error"]
+    assert result["dataset"] == "own"
+    assert result["test_error"] < 20  # at chance it is 90 or more
+    params, spec, phases = ep.load_weights(tmp_path / "run")
+    assert spec.classes == classes
+    answers, _ = training.predict(params, spec, phases, data.test_images)
+    assert training.error_rate(answers, data.test_labels) == result["test_error"]
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
-    [("bptt", "back-propagation through time"), ("implicit", "implicit differentiation")],
+    [slow("bptt", "back-propagation through time"), ("implicit", "implicit differentiation")],
 )
 def test_a_run_by_another_gradient(
     name: Any, shown: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -159,7 +206,8 @@ def test_a_free_phase_is_recorded_at_full_size(preset: str) -> None:
     assert [s.shape[1:] for s in seen.spikes] == list(spec.state_shapes)
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_results")
 @pytest.mark.skipif(len(jax.local_devices()) < 2, reason="there is one device")
 def test_a_batch_divided_among_devices(tmp_path: Path) -> None:
     """Half a batch learned, or a mean over the devices of what is no mean."""
@@ -196,7 +244,7 @@ class KilledError(Exception):
     """Stands for a machine that went away."""
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_results")
 def test_a_resumed_run_is_the_uninterrupted_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +267,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert same_as(finished, tmp_path / "out")
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_results")
 def test_a_run_with_muon_and_a_cap_learns_resumes_and_keeps_to_it(tmp_path: Path) -> None:
     """The state of this optimiser is another one; its links stay below the cap."""
     config = dataclasses.replace(TINY, optimizer="muon", learning_rate=0.05, cap=0.5)
@@ -248,7 +296,7 @@ def test_every_epoch_and_seed_has_its_own_order() -> None:
     """One order for all epochs: each batch would hold the same images for the whole training."""
     data = load("digits")
     orders = [
-        run._batches(dataclasses.replace(TINY, seed=seed), data, epoch).ravel()
+        Training(dataclasses.replace(TINY, seed=seed), data).dispatches(epoch).ravel()
         for seed, epoch in ((0, 1), (0, 2), (1, 1), (0, 1))
     ]
     for other in orders[1:3]:
@@ -264,8 +312,10 @@ def in_foreground() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("in_foreground", "without_figures")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("in_foreground", "without_results")
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_asked_to_stop_loses_nothing(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +363,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shape or a setting that changes from epoch to epoch."""
@@ -323,7 +374,7 @@ def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(training, "make_train_steps", once)
     answers: Any = training._answers
-    radii: Any = run._contractivity
+    radii: Any = evaluation._contractivity
     before, looked = answers._cache_size(), radii._cache_size()
     train(dataclasses.replace(TINY, hidden=(11,)), tmp_path / "out")
     # Whole batches of validation and test images and what is left of these, and the test images at
@@ -347,7 +398,7 @@ def test_another_runs_checkpoint_is_refused(finished: Path) -> None:
         train(other, finished, resume=True)
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_results")
 def test_an_unreadable_checkpoint_is_an_error(tmp_path: Path) -> None:
     """Not a silent fresh start, which would lose the run."""
     out = tmp_path / "out"
@@ -392,18 +443,19 @@ def test_evaluate_script_agrees_with_the_result(finished: Path, tmp_path: Path) 
     assert checked["test_error_4x"] == result["test_error_4x"]
 
 
+@pytest.mark.slow
 def test_train_script_overrides_a_preset(tmp_path: Path) -> None:
     """The command of the README, with fields overridden at every level."""
     done = script(
         "train.py",
         *("--preset", "digits", "--seed", "3", "--epochs", "1", "--out", str(tmp_path / "out")),
         *("--channels", "4", "--kernels", "3", "--hidden", "16", "--feedback", "0.2"),
-        *("--phases.free", "6", "--delta-code.decay", "0.5"),
+        *("--phases.free", "6", "--neuron.decay", "0.5"),
     )
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "out" / "result.json").read_text())["config"]
     assert (config["seed"], config["epochs"], config["channels"]) == (3, 1, [4])
-    assert (config["phases"]["free"], config["delta_code"]["decay"]) == (6, 0.5)
+    assert (config["phases"]["free"], config["neuron"]["decay"]) == (6, 0.5)
     assert "loss" in done.stdout
     assert "residual" in done.stdout
 
@@ -413,7 +465,7 @@ BAD_WORDS: list[tuple[list[str], str]] = [
     (["--feedback", "2"], "feedback is 2.0; expected a finite number in (0, 1]"),
     (["--phases.beta", "0"], "beta is 0"),
     (["--kernels", "3"], "expected one kernel for each"),
-    (["--padding", "VALID", "--kernels", "2", "2"], "does not divide"),
+    (["--padding", "VALID", "--kernels", "2", "2"], "does not fit"),
     (["--dataset", "mnist", "--data-dir", "/nowhere"], "download_and_prepare"),
     (["--devices", "7"], "devices is 7; expected a divisor of the batch"),
     (["--epochs", "0"], "epochs is 0; expected an integer of at least 1"),
@@ -424,7 +476,7 @@ BAD_WORDS: list[tuple[list[str], str]] = [
     (["--validation", "998000"], "validation is 998000; expected an integer of at least 0"),
     (["--train-images", "999"], "train_images is 999; expected at most the 998 there are"),
     (["--augmentation.rotate", "200"], "rotate is 200.0; expected a number in [0, 180]"),
-    (["--delta-code.decay", "2"], "DeltaCode.decay is 2.0; expected a finite number in (0, 1]"),
+    (["--neuron.decay", "2"], "DeltaCode.decay is 2.0; expected a finite number in (0, 1]"),
     (["--phases.sweep", "random"], "random"),
     (["--nonsense", "1"], "--nonsense"),
 ]

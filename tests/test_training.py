@@ -243,7 +243,13 @@ def test_stragglers_are_found_within_each_batch() -> None:
 
 
 def test_predict_refuses_images_it_would_misread() -> None:
-    """Floats would be scaled twice."""
+    """Integers that are no pixels, which nobody has scaled; floats are what a network sees."""
     params = ep.init_params(jax.random.key(2), SPEC)
-    with pytest.raises(ValueError, match=r"images has dtype float32 .* expected uint8"):
-        training.predict(params, SPEC, PHASES, np.zeros((2, 6, 6, 1), np.float32))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 1), np.uint8)
+    with pytest.raises(TypeError, match=r"images has dtype int32; expected uint8"):
+        training.predict(params, SPEC, PHASES, pixels.astype(np.int32))
+    first, second = (
+        training.predict(params, SPEC, PHASES, images)[0]
+        for images in (pixels, pixels.astype(np.float32) / 255)
+    )
+    np.testing.assert_array_equal(first, second)

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 
 from ep_jax import dynamics, network
 from ep_jax.checks import check_choice, check_integer
-from ep_jax.costs import cost, read_out
-from ep_jax.dynamics import Absolute, Carry, PhaseInfo, Sweeps, mean_info
+from ep_jax.coordinates import Absolute
+from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.gradients.batch import GradientInfo, check
-from ep_jax.network import Links, NetworkSpec, Params, State
+from ep_jax.network import NetworkSpec, Params, Prepared, State
 from ep_jax.phases import Phases
+from ep_jax.relaxation import Carry, Relaxation
 
 
 def bptt_gradient(
@@ -57,7 +58,7 @@ def bptt_gradient(
         ValueError, TypeError: an argument of wrong shape, dtype or value.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(4), network.Dense(2)), neuron=ep_jax.Rate())
+        >>> spec = NetworkSpec((3,), (Dense(4), Dense(2)), neuron=ep_jax.Rate())
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> xs, ys = jnp.ones((5, 3)), jnp.array([0, 1, 1, 0, 1])
         >>> grads, info = bptt_gradient(params, spec, xs, ys, Phases(free=20), tracked=5)
@@ -65,6 +66,21 @@ def bptt_gradient(
         ((3, 4), True)
     """
     given = check(params, spec, xs, ys, phases, key)
+    tracked = check_tracked(phases, tracked, remat)
+
+    def mean_cost(params: Params) -> tuple[jax.Array, tuple[jax.Array, PhaseInfo]]:
+        prepared = network.prepare(params, spec)
+        last, info = settled(prepared, spec, given.xs, phases, given.keys.free, tracked, remat)
+        costs = jax.vmap(lambda s, y: network.cost_of(spec, prepared, s, y))(last, given.ys)
+        output = jax.vmap(lambda s: network.read_out(spec, prepared, s))(last)
+        return jnp.mean(costs), (output, info)
+
+    (value, (output, info)), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)
+    return grads, GradientInfo(value, output, mean_info(info))
+
+
+def check_tracked(phases: Phases, tracked: int | None, remat: bool) -> int:
+    """Raise where reverse mode cannot go through `phases`; the number of tracked sweeps."""
     if phases.tolerance is not None:
         raise ValueError(f"phases.tolerance is {phases.tolerance}; expected None: back-propagation "
                          "through time needs a number of sweeps that is known")  # fmt: skip
@@ -77,55 +93,60 @@ def bptt_gradient(
         raise ValueError(f"tracked is {tracked}; expected at most the {phases.free} sweeps of the "
                          "free phase")  # fmt: skip
     check_choice("remat", remat, (True, False))
+    return tracked
 
-    def mean_cost(params: Params) -> tuple[jax.Array, tuple[jax.Array, PhaseInfo]]:
-        links = network.link(params, spec)
 
-        def one(
-            x: jax.Array, y: jax.Array, key: jax.Array | None
-        ) -> tuple[jax.Array, tuple[jax.Array, PhaseInfo]]:
-            drive = network.input_drive(spec, links, x)
-            state, info = _settle(spec, links, drive, phases, key, tracked, remat)
-            return cost(spec, links, state[-1], y), (read_out(links, state[-1]), info)
+def settled(
+    prepared: Prepared,
+    spec: NetworkSpec,
+    xs: jax.Array,
+    phases: Phases,
+    keys: jax.Array | None,
+    tracked: int,
+    remat: bool,
+) -> tuple[jax.Array, PhaseInfo]:
+    """The last layer's free states ``[B, ...]``, for reverse mode, and each example's info."""
 
-        costs, seen = jax.vmap(one)(given.xs, given.ys, given.free_keys)
-        return jnp.mean(costs), seen
+    def one(x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, PhaseInfo]:
+        drives = network.input_drive(spec, prepared, x)
+        state, info = _settle(spec, prepared, drives, phases, key, tracked, remat)
+        return state[-1], info
 
-    (value, (output, info)), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)
-    return grads, GradientInfo(value, output, mean_info(info))
+    return jax.vmap(one)(xs, keys)
 
 
 def _settle(
     spec: NetworkSpec,
-    links: Links,
-    drive: jax.Array,
+    prepared: Prepared,
+    drives: tuple[jax.Array | None, ...],
     phases: Phases,
     key: jax.Array | None,
     tracked: int,
     remat: bool,
 ) -> tuple[State, PhaseInfo]:
     """The free phase, of which the last `tracked` sweeps can be differentiated."""
-    coordinates = Absolute(spec, links, drive)
-    phase = dynamics.sweeps_of(spec, phases, coordinates, key)
+    coordinates = Absolute(spec, prepared, drives)
+    phase, carry = Relaxation(spec, phases, coordinates, key), None
     if tracked < phase.length:
-        fixed = Absolute(spec, *jax.lax.stop_gradient((links, drive)))
-        untracked = dynamics.sweeps_of(spec, phases, fixed, key)
-        carry, _ = untracked._replace(length=phase.length - tracked).run()
-        phase = phase._replace(carry=carry, opening=(), length=tracked)
-    carry = _in_segments(phase) if remat else phase.run()[0]
-    found = dynamics.conclude(spec, coordinates, carry)
+        fixed = Absolute(spec, *jax.lax.stop_gradient((prepared, drives)))
+        carry, _ = Relaxation(spec, phases, fixed, key).run(phase.length - tracked)
+    if remat:
+        carry = _in_segments(phase, phase.start() if carry is None else carry, tracked)
+    else:
+        carry, _ = phase.run(tracked, carry)
+    found = dynamics.settled(spec, coordinates, carry)
     return found.state, found.info
 
 
-def _in_segments(phase: Sweeps) -> Carry:
-    """``phase.run`` that remembers the carry of every ``sqrt(length)``-th sweep alone."""
+def _in_segments(phase: Relaxation, carry: Carry, sweeps: int) -> Carry:
+    """Sweeps on from a carry that remember that of every ``sqrt(sweeps)``-th alone."""
 
     def run(carry: Carry, count: int) -> Carry:
-        return phase._replace(carry=carry, opening=(), length=count).run()[0]
+        return phase.run(count, carry)[0]
 
-    length = math.isqrt(phase.length)
-    segments, rest = divmod(phase.length, length)
+    length = math.isqrt(sweeps)
+    segments, rest = divmod(sweeps, length)
     # Inside a scan nothing can merge the second forward pass with the first.
     segment = jax.checkpoint(lambda carry: run(carry, length), prevent_cse=False)
-    carry, _ = jax.lax.scan(lambda carry, _: (segment(carry), None), phase.carry, length=segments)
+    carry, _ = jax.lax.scan(lambda carry, _: (segment(carry), None), carry, length=segments)
     return jax.checkpoint(lambda carry: run(carry, rest))(carry) if rest else carry

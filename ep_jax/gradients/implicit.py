@@ -20,11 +20,12 @@ import jax.numpy as jnp
 
 from ep_jax import dynamics, network
 from ep_jax.checks import check_integer, check_number
-from ep_jax.costs import cost_gradient
-from ep_jax.dynamics import MOVING, Absolute, PhaseInfo, mean_info
-from ep_jax.gradients.batch import GradientInfo, answer, check, settle
-from ep_jax.network import Links, NetworkSpec, Params, State
+from ep_jax.coordinates import Absolute
+from ep_jax.dynamics import PhaseInfo, mean_info
+from ep_jax.gradients.batch import Free, GradientInfo, answer, check, settle, with_readout
+from ep_jax.network import NetworkSpec, Params, Prepared, State
 from ep_jax.phases import Phases
+from ep_jax.relaxation import MOVING
 
 
 def implicit_gradient(
@@ -63,7 +64,7 @@ def implicit_gradient(
         ValueError, TypeError: an argument of wrong shape, dtype or value.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(4), network.Dense(2)), neuron=ep_jax.Rate())
+        >>> spec = NetworkSpec((3,), (Dense(4), Dense(2)), neuron=ep_jax.Rate())
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> xs, ys = jnp.ones((5, 3)), jnp.array([0, 1, 1, 0, 1])
         >>> grads, info = implicit_gradient(params, spec, xs, ys, Phases(free=50))
@@ -71,16 +72,51 @@ def implicit_gradient(
         True
     """
     given = check(params, spec, xs, ys, phases, key)
+    check_adjoint(tolerance, max_sweeps)
+    free, told = settle(params, spec, given.xs, phases, given.keys.free)
+    gradient_of = jax.vmap(lambda s, y: network.cost_gradient(spec, free.prepared, s, y))
+    sources = gradient_of(free.state[-1], given.ys)
+    v, info = adjoints(spec, free, sources, tolerance, max_sweeps)
+    batch = len(given.xs)
+    weights = jnp.full(batch, 1 / batch, given.xs.dtype)
+    gradient = jax.grad(lambda p: pulled(p, spec, given.xs, free.state, v, weights))(params)
+    said = answer(spec, free.prepared, free.state[-1], given.ys)
+    infos = (mean_info(told), mean_info(info))
+    return with_readout(spec, gradient, said), GradientInfo(said.cost, said.output, *infos)
+
+
+def check_adjoint(tolerance: float | None, max_sweeps: int) -> None:
+    """Raise where the settings of `adjoints` are none."""
     if tolerance is not None:
         check_number("tolerance", tolerance, above=0.0)
     check_integer("max_sweeps", max_sweeps, at_least=1)
-    free = settle(params, spec, given.xs, phases, given.free_keys)
-    if tolerance is None:
-        tolerance = 8 * float(jnp.finfo(free.state[-1].dtype).eps)
 
-    def adjoint(drive: jax.Array, state: State, y: jax.Array) -> tuple[State, PhaseInfo]:
-        pull = jax.vjp(lambda s: rate_sweep(spec, free.links, drive, s), state)[1]
-        source = (*map(jnp.zeros_like, state[:-1]), cost_gradient(free.links, state[-1], y))
+
+def adjoints(
+    spec: NetworkSpec,
+    free: Free,
+    sources: jax.Array,
+    tolerance: float | None,
+    max_sweeps: int,
+) -> tuple[State, PhaseInfo]:
+    """The adjoint of each example of a batch, packed, and how it settled.
+
+    Args:
+        spec: the network.
+        free: the free phases.
+        sources: what pulls at the last layer, ``dC/ds_L``, ``[B, ...]``.
+        tolerance: see `implicit_gradient`.
+        max_sweeps: most sweeps.
+    """
+    precision = free.state[-1].dtype
+    if tolerance is None:
+        tolerance = 8 * float(jnp.finfo(precision).eps)
+
+    def one(
+        drives: tuple[jax.Array | None, ...], state: State, pulls: jax.Array
+    ) -> tuple[State, PhaseInfo]:
+        pull = jax.vjp(lambda s: rate_sweep(spec, free.prepared, drives, s), state)[1]
+        source = (*map(jnp.zeros_like, state[:-1]), pulls)
 
         def unsettled(carry: tuple[jax.Array, State, State]) -> jax.Array:
             sweeps, v, change = carry
@@ -95,33 +131,39 @@ def implicit_gradient(
         sweeps, v, change = jax.lax.while_loop(unsettled, sweep, start)
         moved = jnp.concatenate([jnp.abs(c).ravel() > MOVING for c in change])
         found = tuple(map(dynamics.relative_size, change, v))
-        nothing = tuple(jnp.zeros((), y.dtype) for _ in state)
-        moving = jnp.mean(moved, dtype=y.dtype)
+        nothing = tuple(jnp.zeros((), precision) for _ in state)
+        moving = jnp.mean(moved, dtype=precision)
         return v, dynamics.info_of(found, sweeps, moving, nothing, dynamics.mean_size(v))
 
-    v, adjoint_info = jax.vmap(adjoint)(free.drives, free.state, given.ys)
-
-    def mean_pull(params: Params) -> jax.Array:
-        """Its derivative is ``v^T dF/dtheta``."""
-        links = network.link(params, spec)
-
-        def one(x: jax.Array, state: State, v: State) -> jax.Array:
-            swept = rate_sweep(spec, links, network.input_drive(spec, links, x), state)
-            return sum(map(jnp.vdot, swept, v), start=jnp.zeros((), x.dtype))
-
-        return jnp.mean(jax.vmap(one)(given.xs, free.state, v))
-
-    grads = jax.grad(mean_pull)(params)
-    found = answer(spec, free.links, free.state[-1], given.ys)
-    if found.readout_gradient:
-        grads = (*grads[:-1], *found.readout_gradient)
-    info = GradientInfo(found.cost, found.output, mean_info(free.info), mean_info(adjoint_info))
-    return grads, info
+    return jax.vmap(one)(free.drives, free.state, sources)
 
 
-def rate_sweep(spec: NetworkSpec, links: Links, drive: jax.Array, state: State) -> State:
+def pulled(
+    params: Params,
+    spec: NetworkSpec,
+    xs: jax.Array,
+    states: State,
+    v: State,
+    weights: jax.Array,
+) -> jax.Array:
+    """A scalar whose derivative by parameters and inputs is the weighted sum of ``v^T dF``."""
+    prepared = network.prepare(params, spec)
+
+    def one(x: jax.Array, state: State, v: State) -> jax.Array:
+        swept = rate_sweep(spec, prepared, network.input_drive(spec, prepared, x), state)
+        return sum(map(jnp.vdot, swept, v), start=jnp.zeros((), x.dtype))
+
+    return jax.vmap(one)(xs, states, v) @ weights
+
+
+def rate_sweep(
+    spec: NetworkSpec,
+    prepared: Prepared,
+    drives: tuple[jax.Array | None, ...],
+    state: State,
+) -> State:
     """``F(s)``: one synchronous sweep of rate neurons, packed; the network rests where F(s) = s."""
-    return Absolute(spec, links, drive, state).swept(state).state
+    return Absolute(spec, prepared, drives, state).swept(state).state
 
 
 def _norm(state: State) -> jax.Array:

@@ -15,6 +15,9 @@ Laborieux & Zenke, NeurIPS 2022).
 In displacement coordinates the difference is never formed as one::
 
     psi = d/dtheta sum_l <A_l(s0_{l-1}), D_l> + alpha <A'_l(D_{l-1}), s0_l + beta_l D_l>
+
+Nothing here knows what pulls at the output: the gradient of a cost (`ep_gradient`), or a vector
+that comes from whatever the output is part of (`ep_jax.equilibrium`).
 """
 
 from __future__ import annotations
@@ -27,9 +30,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ep_jax import dynamics, network
-from ep_jax.dynamics import Absolute, Base, Displacement, PhaseInfo, mean_info
-from ep_jax.gradients.batch import Checked, Free, GradientInfo, answer, check, settle
-from ep_jax.network import Links, NetworkSpec, Params, State
+from ep_jax.coordinates import Absolute, Base, Displacement, Nudge, base_of, displacement_units
+from ep_jax.dynamics import PhaseInfo, mean_info
+from ep_jax.gradients.batch import (
+    Free,
+    GradientInfo,
+    answer,
+    check,
+    settle,
+    with_readout,
+)
+from ep_jax.network import NetworkSpec, Params, Prepared, State
 from ep_jax.phases import Phases, check_nudge
 
 
@@ -73,21 +84,26 @@ def nudges(phases: Phases, batch: int, dtype: jnp.dtype, key: jax.Array | None) 
 
 
 def displacement_psi(
-    spec: NetworkSpec, links: Links, x: jax.Array, base: Base, d: State, beta: jax.Array
+    spec: NetworkSpec, prepared: Prepared, x: jax.Array, base: Base, d: State, beta: jax.Array
 ) -> jax.Array:
-    """A scalar whose derivative with respect to the parameters is ``psi(beta)`` of one example."""
+    """A scalar whose derivative by parameters and input is ``psi(beta)`` of one example."""
     total = jnp.zeros((), d[-1].dtype)
-    units = dynamics.displacement_units(spec, beta, d[-1].dtype)
+    units = displacement_units(spec, beta, d[-1].dtype)
+    own = network.external(prepared, network.input_drive(spec, prepared, x))
     for l, v in enumerate(d):
-        if l == 0:
-            below = network.input_drive(spec, links, x)
-        else:
-            below = network.drive(spec, links, l, base.state[l - 1])
-            behind = network.behind(spec, links, l, base.state[l - 1])
-            moved = network.drive_difference(spec, links, l, d[l - 1], behind, units[l - 1])
+        below = own[l]
+        for edge in spec.links:
+            if edge.target != l:
+                continue
+            source = edge.source
+            below = below + network.drive(spec, prepared, edge, base.state[source])
+            context = network.context(spec, prepared, edge, base.state[source])
+            moved = network.drive_difference(
+                spec, prepared, edge, d[source], context, units[source]
+            )
             nudged = base.state[l] + beta * spec.weight_of(l) * v
-            total = total + spec.feedback * jnp.sum(moved * nudged)
-        total = total + jnp.sum((below + links.biases[l]) * v)
+            total = total + spec.attenuation(edge) * jnp.sum(moved * nudged)
+        total = total + jnp.sum(below * v)
     return total
 
 
@@ -108,7 +124,7 @@ def ep_gradient(
         params: parameters of `spec`.
         spec: the network.
         xs: inputs, floating point, ``[B, *spec.input_shape]``.
-        ys: integer labels ``[B]`` or one-hot targets ``[B, classes]``.
+        ys: integer labels ``[B]``, or targets ``[B, ...]`` of the answers' shape.
         phases: sweeps, nudging strength, estimator, coordinates.
         key: random key, for stochastic neurons and ``estimator="random_sign"``. The nudged phases
             of one example share one key.
@@ -120,7 +136,7 @@ def ep_gradient(
         ValueError, TypeError: an argument of wrong shape, dtype or value.
 
     Example:
-        >>> spec = NetworkSpec((3,), (network.Dense(4), network.Dense(2)), neuron=ep_jax.Rate())
+        >>> spec = NetworkSpec((3,), (Dense(4), Dense(2)), neuron=ep_jax.Rate())
         >>> params = network.init_params(jax.random.key(0), spec)
         >>> xs, ys = jnp.ones((5, 3)), jnp.array([0, 1, 1, 0, 1])
         >>> grads, info = ep_gradient(params, spec, xs, ys, Phases(free=20, nudged=10))
@@ -129,93 +145,140 @@ def ep_gradient(
     """
     given = check(params, spec, xs, ys, phases, key)
     check_nudge(spec, phases, phases.beta, given.xs.dtype)
-    points = nudges(phases, len(given.xs), given.xs.dtype, given.estimator_key)
-    free = settle(params, spec, given.xs, phases, given.free_keys)
-    contrast = _displaced if phases.coordinates == "displacement" else _absolute
-    mean_psi, nudged_info, limited = contrast(spec, phases, given, free, points)
+    batch = len(given.xs)
+    points = nudges(phases, batch, given.xs.dtype, given.keys.estimator)
+    free, told = settle(params, spec, given.xs, phases, given.keys.free)
 
-    psi = jax.grad(mean_psi)(params)
-    grads = tuple(jax.tree.map(jnp.negative, p) for p in psi)
-    found = answer(spec, free.links, free.state[-1], given.ys)
-    if found.readout_gradient:
-        grads = (*grads[:-1], *found.readout_gradient)
-    infos = (mean_info(free.info), mean_info(nudged_info))
-    return grads, GradientInfo(found.cost, found.output, *infos, limited)
+    def pulled(prepared: Prepared, y: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        return lambda last: network.cost_gradient(spec, prepared, last, y)
+
+    found = contrast(spec, phases, free, points, pulled, given.ys, given.keys.nudged)
+    weights = jnp.full(batch, -1 / batch, given.xs.dtype)
+    gradient = jax.grad(lambda params: found.psi(params, given.xs, weights))(params)
+    said = answer(spec, free.prepared, free.state[-1], given.ys)
+    infos = (mean_info(told), mean_info(found.info))
+    return with_readout(spec, gradient, said), GradientInfo(
+        said.cost, said.output, *infos, found.limited
+    )
 
 
-Contrast: TypeAlias = tuple[Callable[[Params], jax.Array], PhaseInfo, jax.Array | None]
-"""A function of the parameters whose derivative is the mean ``psi``; the nudged phases' info; the
-share of examples that were limited."""
+Pulled: TypeAlias = Callable[[Prepared, jax.Array], Callable[[jax.Array], jax.Array]]
+"""``(prepared, y) -> (last state -> gradient)``: what pulls at an example with the datum ``y``."""
+
+
+class Contrast(NamedTuple):
+    """The nudged phases of a batch.
+
+    Attributes:
+        psi: ``(params, xs, weights) -> scalar``; its derivative by parameters and inputs is the
+            sum of the examples' ``psi``, weighted.
+        info: the `PhaseInfo` of each nudged phase.
+        limited: share of the examples whose displacement was scaled down, or ``None``.
+    """
+
+    psi: Callable[[Params, jax.Array, jax.Array], jax.Array]
+    info: PhaseInfo
+    limited: jax.Array | None
+
+
+def contrast(
+    spec: NetworkSpec,
+    phases: Phases,
+    free: Free,
+    points: Nudges,
+    pulled: Pulled,
+    ys: jax.Array,
+    keys: jax.Array | None,
+) -> Contrast:
+    """Nudge a batch at the estimator's points.
+
+    Args:
+        spec: the network.
+        phases: its phases.
+        free: the free phases.
+        points: where the estimator looks.
+        pulled: what pulls at an example.
+        ys: its datum, ``[B, ...]``.
+        keys: a key for each example of stochastic neurons.
+    """
+    way = _displaced if phases.coordinates == "displacement" else _absolute
+    return way(spec, phases, free, points, pulled, ys, keys)
 
 
 def _absolute(
-    spec: NetworkSpec, phases: Phases, given: Checked, free: Free, points: Nudges
+    spec: NetworkSpec,
+    phases: Phases,
+    free: Free,
+    points: Nudges,
+    pulled: Pulled,
+    ys: jax.Array,
+    keys: jax.Array | None,
 ) -> Contrast:
     """Nudged phases of the state itself: ``psi`` is a difference of Phi."""
     like = _cast_to(points.betas.dtype)
-    links, drives, state, ys = like((free.links, free.drives, free.state, given.ys))
+    prepared, drives, state, data = like((free.prepared, free.drives, free.state, ys))
 
     def settle_at(betas: jax.Array) -> tuple[State, PhaseInfo]:
-        found = dynamics.settle_batch(
-            spec,
-            phases,
-            True,
-            lambda beta, y, drive, s: Absolute(spec, links, drive, s, (y, beta)),
-            (betas, ys, drives, state),
-            given.nudged_keys,
-        )
+        def coordinates_of(beta: Any, y: Any, drives: Any, s: State) -> Absolute:
+            return Absolute(spec, prepared, drives, s, Nudge(beta, pulled(prepared, y)))
+
+        examples = (betas, data, drives, state)
+        found = dynamics.settle_batch(spec, phases, True, coordinates_of, examples, keys)
         return found.state, found.info
 
     nudged, info = jax.vmap(settle_at)(points.betas)
 
-    def mean_psi(params: Params) -> jax.Array:
-        links = like(network.link(params, spec))
-        phi_of = jax.vmap(lambda x, s: network.working_phi(spec, links, x, s))
-        inputs = like(given.xs)
-        psi = jax.vmap(lambda beta, s: phi_of(inputs, s) / beta)(points.betas, nudged)
-        total = points.weights @ jnp.mean(psi.real, axis=1)
+    def psi(params: Params, xs: jax.Array, weights: jax.Array) -> jax.Array:
+        prepared, inputs = like((network.prepare(params, spec), xs))
+        phi_of = jax.vmap(lambda x, s: network.prepared_phi(spec, prepared, x, s))
+        each = jax.vmap(lambda beta, s: phi_of(inputs, s) / beta)(points.betas, nudged)
+        total = points.weights @ (each.real @ weights)
         if phases.estimator in ("symmetric", "holomorphic"):  # the free states cancel
             return total
-        return total - jnp.mean(phi_of(given.xs, free.state) / points.betas[0])
+        at_rest = jax.vmap(lambda x, s: network.prepared_phi(spec, prepared, x, s))(xs, free.state)
+        return total - (at_rest / points.betas[0]) @ weights
 
-    return mean_psi, info, None
+    return Contrast(psi, info, None)
 
 
 def _displaced(
-    spec: NetworkSpec, phases: Phases, given: Checked, free: Free, points: Nudges
+    spec: NetworkSpec,
+    phases: Phases,
+    free: Free,
+    points: Nudges,
+    pulled: Pulled,
+    ys: jax.Array,
+    keys: jax.Array | None,
 ) -> Contrast:
     """Nudged phases of the displacement: ``psi`` without a difference."""
     like = _cast_to(points.betas.dtype)
-    base = jax.vmap(lambda swept: dynamics.base_of(spec, free.links, swept))(free.swept)
-    links, ys, base = like((free.links, given.ys, base))
+    base = jax.vmap(lambda swept: base_of(spec, free.prepared, swept))(free.swept)
+    prepared, data, base = like((free.prepared, ys, base))
 
     def settle_at(betas: jax.Array) -> tuple[State, PhaseInfo]:
-        found = dynamics.settle_batch(
-            spec,
-            phases,
-            True,
-            lambda beta, y, base: Displacement(spec, links, base, y, beta),
-            (betas, ys, base),
-            given.nudged_keys,
-        )
+        def coordinates_of(beta: Any, y: Any, base: Base) -> Displacement:
+            return Displacement(spec, prepared, base, Nudge(beta, pulled(prepared, y)))
+
+        examples = (betas, data, base)
+        found = dynamics.settle_batch(spec, phases, True, coordinates_of, examples, keys)
         return found.state, found.info
 
     d, info = jax.vmap(settle_at)(points.betas)
     limited = None
     if phases.limit is not None:
-        errors = jax.vmap(lambda s, y: dynamics.output_error(links, s, y))(base.state[-1], ys)
-        d, limited = limit_displacements(d, errors, phases.limit)
+        size = jax.vmap(lambda s, y: Nudge(phases.beta, pulled(prepared, y)).size(s))
+        d, limited = limit_displacements(d, size(base.state[-1], data), phases.limit)
 
-    def mean_psi(params: Params) -> jax.Array:
-        links = like(network.link(params, spec))
-        psi = _each(
-            lambda beta, d, x, base: displacement_psi(spec, links, x, base, d, beta),
+    def psi(params: Params, xs: jax.Array, weights: jax.Array) -> jax.Array:
+        prepared, inputs = like((network.prepare(params, spec), xs))
+        each = _each(
+            lambda beta, d, x, base: displacement_psi(spec, prepared, x, base, d, beta),
             (points.betas, d),
-            (like(given.xs), base),
+            (inputs, base),
         )
-        return points.weights @ jnp.mean(psi.real, axis=1)
+        return points.weights @ (each.real @ weights)
 
-    return mean_psi, info, limited
+    return Contrast(psi, info, limited)
 
 
 def limit_displacements(d: State, errors: jax.Array, limit: float) -> tuple[State, jax.Array]:

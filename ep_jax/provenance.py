@@ -1,0 +1,47 @@
+"""What made a result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and device: what made a result."""
+    packages = ("jax", "jaxlib", "numpy", "optax", "ep_jax")
+    device = jax.devices()[0]
+    return {
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in packages},
+        },
+        "device": f"{device.platform}: {device.device_kind}, {os.cpu_count()} CPU cores",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+        return "unknown"
+
+
+def _commit() -> str:
+    """The commit of the checkout this package lies in, marked where it has uncommitted changes."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

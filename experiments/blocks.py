@@ -1,0 +1,282 @@
+"""Equilibrium blocks with batch norm between them, trained end to end by three derivative rules.
+
+    python experiments/blocks.py --out results/blocks/digits
+    python experiments/blocks.py --dataset fashion_mnist --rules ep --epochs 10 --out runs/blocks
+
+A block is a convergent recurrent network of two convolutions at feedback 1 (`ep_jax.nnx`); what
+comes before and after it is feed-forward, so the model is a feedforward-tied energy-based model
+(Nest & Ernoult 2024, arXiv:2409.06108). Its gradient chains: what a block's rule says of its inputs
+is the cotangent of the block below. Of each rule the table tells the errors, the seconds and the
+temporary memory of a training step, and of each block the mean residual of its free phase, the
+share of its states that feedback makes and its largest spectral radius.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from common import muon, plain
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import ep_jax as ep
+from ep_jax import diagnostics, training
+from ep_jax.data import Dataset, load, to_float
+from ep_jax.descriptions import to_json
+from ep_jax.files import make_folder, write_json
+from ep_jax.nnx import Equilibrium
+from ep_jax.presets import NEURONS
+from ep_jax.provenance import provenance
+from ep_jax.training import Augmentation
+
+RULES: dict[str, ep.Derivative] = {"ep": ep.EP(), "bptt": ep.BPTT(), "implicit": ep.Implicit()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which blocks, and how they are trained."""
+
+    out: Path
+    """Folder for the result."""
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
+    """Images to learn."""
+    data_dir: str | None = None
+    """Where the data lie, see experiments/train.py."""
+    rules: tuple[Literal["ep", "bptt", "implicit"], ...] = ("ep", "bptt", "implicit")
+    """Derivative rules, each of which trains a model from the same start."""
+    channels: tuple[int, ...] = (32, 64)
+    """Channels of each block; a block halves height and width."""
+    neuron: Literal["rate", "sigma_delta", "delta_code"] = "delta_code"
+    """Neuron model of all blocks."""
+    phases: ep.Phases = field(
+        default_factory=lambda: ep.Phases(
+            free=12, nudged=8, beta=0.02, estimator="one_sided", relaxation=1.2
+        )
+    )
+    """How the blocks settle."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch: int = 32
+    """Images in a step."""
+    train_images: int | None = None
+    """Learn from the first so many training images only."""
+    learning_rate: float = 0.005
+    """Peak rate of Muon; it decays to 0 along a cosine."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices."""
+    gain: float = 0.5
+    """Scale of the initial weights."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """How the training images are varied."""
+    seed: int = 0
+    """Seed of weights and order of the images."""
+
+
+def block(below: tuple[int, ...], channels: int, neuron: ep.Neuron) -> ep.NetworkSpec:
+    """Two convolutions that drive each other at feedback 1; the first one halves the sides."""
+    return ep.NetworkSpec(
+        below,
+        (ep.Conv(channels, 3, padding="SAME"), ep.Conv(channels, 3, None, padding="SAME")),
+        neuron,
+        feedback=1.0,
+        output=neuron.activation,
+    )
+
+
+class Blocks(nnx.Module):
+    """Batch norm and an equilibrium block, as often as there are `channels`; then a dense head."""
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        channels: tuple[int, ...],
+        classes: int,
+        neuron: ep.Neuron,
+        phases: ep.Phases,
+        rule: ep.Derivative,
+        gain: float = 0.5,
+        dtype: Any = jnp.float32,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        norms, blocks, below = [], [], input_shape
+        for width in channels:
+            spec = block(below, width, neuron)
+            norms.append(
+                nnx.BatchNorm(below[-1], momentum=0.9, param_dtype=dtype, dtype=dtype, rngs=rngs)
+            )
+            blocks.append(Equilibrium(spec, phases, rule, gain=gain, dtype=dtype, rngs=rngs))
+            below = spec.state_shapes[-1]
+        self.norms, self.blocks = nnx.List(norms), nnx.List(blocks)
+        units = int(np.prod(below))
+        self.head = nnx.Linear(units, classes, param_dtype=dtype, dtype=dtype, rngs=rngs)
+
+    def __call__(self, xs: jax.Array) -> tuple[jax.Array, list[ep.PhaseInfo]]:
+        """Logits of images, and how the free phase of each block ended."""
+        infos = []
+        for norm, body in zip(self.norms, self.blocks, strict=True):
+            xs, info = body.with_info(norm(xs))
+            infos.append(info)
+        return self.head(xs.reshape(len(xs), -1)), infos
+
+    def inputs(self, xs: jax.Array) -> list[jax.Array]:
+        """What enters each block."""
+        entering = []
+        for norm, body in zip(self.norms, self.blocks, strict=True):
+            entering.append(norm(xs))
+            xs = body(entering[-1])
+        return entering
+
+
+class Told(NamedTuple):
+    """What a training step tells: the loss, and the mean residual of each block."""
+
+    loss: jax.Array
+    residuals: list[jax.Array]
+
+
+def make_step(augmentation: Augmentation) -> Any:
+    """``(model, optimizer, images, labels, key) -> Told``, compiled: one step on uint8 images."""
+
+    def step(model: Blocks, optimizer: Any, images: jax.Array, labels: jax.Array, key: Any) -> Told:
+        xs = training.augment(key, to_float(images), augmentation)
+
+        def loss(model: Blocks) -> tuple[jax.Array, list[ep.PhaseInfo]]:
+            logits, infos = model(xs)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), infos
+
+        (value, infos), grads = nnx.value_and_grad(loss, has_aux=True)(model)
+        optimizer.update(model, grads)
+        return Told(value, [info.mean_residual for info in infos])
+
+    return nnx.jit(step, donate_argnums=(0, 1))
+
+
+@nnx.jit
+def answers(model: Blocks, images: np.ndarray) -> jax.Array:
+    """The classes of uint8 images."""
+    return model(jnp.asarray(to_float(images)))[0].argmax(-1)
+
+
+def error(model: Blocks, images: np.ndarray, labels: np.ndarray, batch: int = 500) -> float:
+    """Share of wrong answers, in per cent; what is left of whole batches is a batch of its own."""
+    parts = [answers(model, images[i : i + batch]) for i in range(0, len(images), batch)]
+    return training.error_rate(np.concatenate(parts), labels)
+
+
+def train(settings: Settings, data: Dataset, rule: str, console: Console) -> dict[str, Any]:
+    """Train a model by one rule; what the table tells of it."""
+    model = Blocks(
+        data.train_images.shape[1:],
+        settings.channels,
+        data.classes,
+        NEURONS[settings.neuron](),
+        settings.phases,
+        RULES[rule],
+        settings.gain,
+        rngs=nnx.Rngs(settings.seed),
+    )
+    plan = training.epoch_batches(
+        np.random.default_rng(settings.seed), len(data.train_images), settings.batch, 10**9
+    )
+    steps = plan.shape[1]
+    optimizer = nnx.Optimizer(
+        model,
+        muon(settings.learning_rate, settings.epochs * steps, settings.weight_decay),
+        wrt=nnx.Param,
+    )
+    step, key = make_step(settings.augmentation), jax.random.key(settings.seed)
+    first = (data.train_images[plan[0, 0]], data.train_labels[plan[0, 0]])
+    compiled = step.lower(model, optimizer, *first, key).compile()
+    analysis = compiled.memory_analysis()
+    seconds, errors, told = [], [], []
+    for epoch in range(settings.epochs):
+        model.train()
+        rng = np.random.default_rng([settings.seed, epoch])
+        order = training.epoch_batches(rng, len(data.train_images), settings.batch, 10**9)[0]
+        for i, batch in enumerate(order):
+            began = time.perf_counter()
+            own = jax.random.fold_in(key, epoch * steps + i)
+            told.append(
+                compiled(model, optimizer, data.train_images[batch], data.train_labels[batch], own)
+            )
+            jax.block_until_ready(told[-1])
+            seconds.append(time.perf_counter() - began)
+        model.eval()
+        errors.append(error(model, data.validation_images, data.validation_labels))
+        loss = np.mean([float(t.loss) for t in told[-steps:]])
+        residuals = " ".join(f"{float(r):.1e}" for r in told[-1].residuals)
+        console.print(f"{rule}  epoch {epoch + 1}/{settings.epochs}  loss {loss:.3f}  "
+                      f"residuals {residuals}  val {errors[-1]:.2f} %")  # fmt: skip
+    return {
+        "rule": rule,
+        "test_error": error(model, data.test_images, data.test_labels),
+        "val_error": errors,
+        "step_seconds": float(np.median(seconds[1:])),
+        "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
+        "residuals": [float(r) for r in told[-1].residuals],
+        **recurrence(model, data.validation_images[:128]),
+    }
+
+
+def recurrence(model: Blocks, images: np.ndarray) -> dict[str, Any]:
+    """Of each block: the share of its states that feedback makes, and its largest radius."""
+    found: dict[str, Any] = {"share": [], "radius": []}
+    for body, xs in zip(model.blocks, model.inputs(jnp.asarray(to_float(images))), strict=True):
+        share = diagnostics.recurrence(body.params, body.spec, xs).share
+        found["share"].append([float(s) for s in share])
+        found["radius"].append(
+            float(diagnostics.contractivity(body.params, body.spec, xs).radius.max())
+        )
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows, side by side."""
+    made = Table("rule", "test", "validation", "step", "memory", "residuals", "share", "radius")
+    for row in rows:
+        made.add_row(
+            row["rule"],
+            f"{row['test_error']:.2f} %",
+            f"{row['val_error'][-1]:.2f} %",
+            f"{1e3 * row['step_seconds']:.0f} ms",
+            f"{row['temporary_bytes'] / 2**20:.1f} MiB" if row["temporary_bytes"] else "-",
+            " ".join(f"{r:.0e}" for r in row["residuals"]),
+            "; ".join(" ".join(f"{s:.2f}" for s in block) for block in row["share"]),
+            " ".join(f"{r:.2f}" for r in row["radius"]),
+        )
+    return made
+
+
+def main() -> None:
+    """Train by each rule, tell and write."""
+    settings = tyro.cli(Settings, description=__doc__)
+    console = Console()
+    data = load(settings.dataset, data_dir=settings.data_dir)
+    if settings.train_images is not None:
+        kept = slice(settings.train_images)
+        data = data._replace(
+            train_images=data.train_images[kept], train_labels=data.train_labels[kept]
+        )
+    make_folder("out", settings.out)
+    rows = [train(settings, data, rule, console) for rule in settings.rules]
+    fields = (f.name for f in dataclasses.fields(Settings) if f.name != "out")
+    described = {name: to_json(getattr(settings, name)) for name in fields}
+    result = plain({"rows": rows, "settings": described}) | provenance()
+    write_json(settings.out / "blocks.json", result)
+    console.print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Equilibrium blocks in a flax model: one gradient by three rules, and the experiment with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import blocks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import own_loss
+import pytest
+from flax import nnx
+from helpers import relative_error
+
+import ep_jax as ep
+from ep_jax.data import load, to_float
+
+
+def gradient(rule: ep.Derivative) -> tuple[Any, jax.Array]:
+    """Of a model of two blocks by all of its parameters, in float64; the first block's residual."""
+    phases = ep.Phases(free=200, nudged=200, beta=1e-3)
+    model = blocks.Blocks(
+        (4, 8, 2),
+        (3, 4),
+        3,
+        ep.Rate(activation="tanh"),
+        phases,
+        rule,
+        gain=0.6,
+        dtype=jnp.float64,
+        rngs=nnx.Rngs(0),
+    )
+    rng = np.random.default_rng(0)
+    xs, ys = jnp.asarray(rng.uniform(size=(5, 4, 8, 2))), jnp.arange(5) % 3
+
+    def loss(model: blocks.Blocks) -> tuple[jax.Array, Any]:
+        logits, infos = model(xs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ys).sum(), infos
+
+    grads, infos = nnx.jit(nnx.grad(loss, has_aux=True))(model)
+    return nnx.to_pure_dict(grads), infos[0].residual
+
+
+# flax keeps the running averages of batch norm in float32.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")
+def test_three_rules_agree_on_blocks() -> None:
+    """A rule that loses a block's cotangent on its way down, through batch norm and block below."""
+    with jax.enable_x64(True):
+        exact, residual = gradient(ep.Implicit())
+        assert residual < 1e-12
+        assert np.linalg.norm(exact["blocks"][0]["layers"][0]["w"]) > 1e-3
+        assert relative_error(gradient(ep.BPTT())[0], exact) < 1e-9
+        assert relative_error(gradient(ep.EP())[0], exact) < 1e-5
+
+
+@pytest.mark.slow
+def test_blocks_train_by_ep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command as a user gives it: it learns, and tells what it measured."""
+    words = "--rules ep --epochs 3 --channels 8 16 --neuron rate --learning-rate 0.01 --out"
+    monkeypatch.setattr("sys.argv", ["blocks.py", *words.split(), str(tmp_path)])
+    blocks.main()
+    [row] = json.loads((tmp_path / "blocks.json").read_text())["rows"]
+    assert row["val_error"][-1] < 45  # half of what chance gives; it has had three epochs
+    assert np.min(row["share"]) > 0.05
+    assert np.max(row["radius"]) < 1
+    assert np.max(row["residuals"]) < 1e-2
+
+
+@pytest.mark.slow
+def test_a_network_learns_under_a_loss_of_ones_own() -> None:
+    """A hinge loss, whose cotangent is zero for most examples, through batch norm and a head."""
+    scores = jnp.array([[2.0, 0.5, 1.5], [0.0, 3.0, 1.0]])
+    assert own_loss.margin(scores, jnp.array([0, 1])).tolist() == [0.5, 0.0]
+    data = load("digits")
+    images, labels = jnp.asarray(to_float(data.train_images)), jnp.asarray(data.train_labels)
+    model = own_loss.learn(own_loss.margin, 10, images, labels, steps=100)
+    said = model(jnp.asarray(to_float(data.validation_images))).argmax(-1)
+    assert (said != data.validation_labels).mean() < 0.1
