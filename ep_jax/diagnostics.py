@@ -646,7 +646,7 @@ def feedback_answers(
 
     def answers(state: State) -> jax.Array:
         outputs = jax.vmap(lambda s: network.read_out(twin, prepared, s))(state[-1])
-        return outputs.reshape(len(outputs), -1).argmax(-1)
+        return network.classify(outputs.reshape(len(outputs), -1))
 
     forward = under(nothing)
     share = [

@@ -31,7 +31,7 @@ from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec
 from ep_jax.optimizers import make_optimizer
 from ep_jax.presets import Config, spec_of
-from ep_jax.training import Augmentation, StepMetrics, TrainState
+from ep_jax.training import StepMetrics, TrainState
 
 Record: TypeAlias = dict[str, Any]
 """What an epoch measured: a line of ``metrics.jsonl``."""
@@ -68,9 +68,7 @@ class Training:
     def __init__(self, config: Config, data: Dataset) -> None:
         check_dataset(data)
         shape = data.train_images.shape[1:]
-        if config.augmentation != Augmentation() and len(shape) != 3:
-            raise ValueError(f"augmentation is {config.augmentation} for examples of shape "
-                             f"{shape}; expected none, or images (H, W, C)")  # fmt: skip
+        config.augmentation.check(shape)
         if config.train_images is not None:
             if config.train_images > len(data.train_images):
                 raise ValueError(f"train_images is {config.train_images}; expected at most the "

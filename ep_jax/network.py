@@ -641,6 +641,18 @@ def read_out(spec: NetworkSpec, prepared: Prepared, last: jax.Array) -> jax.Arra
     return layer.drive(maps, layer.pack(below, last)) + layer.bias(prepared.readout, below)
 
 
+def classify(answers: jax.Array) -> jax.Array:
+    """The class that each of some answers ``[..., classes]`` names: that of its largest entry.
+
+    An answer that holds something that is not a number names none: -1, which is no label.
+
+    Example:
+        >>> classify(jnp.array([[0.1, 0.9], [jnp.nan, 0.2]])).tolist()
+        [1, -1]
+    """
+    return jnp.where(jnp.isnan(answers).any(-1), -1, answers.argmax(-1))
+
+
 def cost_of(spec: NetworkSpec, prepared: Prepared, last: jax.Array, y: jax.Array) -> jax.Array:
     """``C`` of one example at the last layer's state; `y` is a target of the answer's shape."""
     cost = COSTS[spec.cost] if isinstance(spec.cost, str) else spec.cost
@@ -658,7 +670,8 @@ def targets(spec: NetworkSpec, y: Any, dtype: Any, batch: tuple[int, ...] = ()) 
     """Targets of the answer's shape, from such targets or from integer labels ``[*batch]``.
 
     Raises:
-        ValueError, TypeError: wrong shape, or a label outside ``0 .. classes - 1``.
+        ValueError, TypeError: wrong shape, or a label outside ``0 .. classes - 1``. Inside ``jit``
+            the cost of such a label, and the gradient, are not a number.
     """
     name, shape = "ys" if batch else "y", spec.output_shape
     y = np.asarray(y) if isinstance(y, int | list | tuple) else y
@@ -681,4 +694,6 @@ def targets(spec: NetworkSpec, y: Any, dtype: Any, batch: tuple[int, ...] = ()) 
         if wrong.size:
             raise ValueError(f"{name} holds the label {wrong.flat[0]}; expected labels in "
                              f"0 .. {classes - 1}")  # fmt: skip
-    return jax.nn.one_hot(y, classes, dtype=dtype)
+    hot = jax.nn.one_hot(y, classes, dtype=dtype)
+    # Inside jit nobody can raise: what a label out of range teaches is not a number.
+    return jnp.where(((y >= 0) & (y < classes))[..., None], hot, jnp.nan)

@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
+from ep_jax.checks import (
+    check_choice,
+    check_integer,
+    check_non_negative,
+    check_number,
+    check_seed,
+)
 from ep_jax.conv import Conv
 from ep_jax.costs import COSTS
 from ep_jax.data import DATASETS
@@ -150,7 +156,7 @@ class Config:
             raise TypeError(f"optimizer is {self.optimizer!r}; expected AdamW, Muon or SGD of "
                             "ep_jax.optimizers, or a name")  # fmt: skip
         check_choice("pool", self.pool, ("avg", "max", "none"))
-        check_integer("seed", self.seed, at_least=0)
+        check_seed("seed", self.seed)
         for name in ("epochs", "batch", "steps_per_dispatch", "devices"):
             check_integer(name, getattr(self, name), at_least=1)
         if self.batch % self.devices:

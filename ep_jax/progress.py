@@ -11,12 +11,18 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from ep_jax.loop import Record
 from ep_jax.network import NetworkSpec
 from ep_jax.presets import Config
 
 Report: TypeAlias = Callable[[int, int, str], None]
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a text as it is: names that users gave may look like markup."""
+    console.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -26,9 +32,7 @@ def progress(console: Console, epochs: int, dispatches: int) -> Iterator[Report]
 
         def line(epoch: int, done: int, text: str) -> None:
             if done * 4 // dispatches > (done - 1) * 4 // dispatches:
-                console.print(
-                    f"epoch {epoch}/{epochs}  {done}/{dispatches}  {text}", soft_wrap=True
-                )
+                say(console, f"epoch {epoch}/{epochs}  {done}/{dispatches}  {text}")
 
         yield line
         return
@@ -45,7 +49,7 @@ def progress(console: Console, epochs: int, dispatches: int) -> Iterator[Report]
             completed = (epoch - 1) * dispatches + done
             bar.update(task, completed=completed, description=text, epoch=f"{epoch}/{epochs}")
             if done == dispatches:  # the bar forgets, and may be too narrow for all of it
-                console.print(f"epoch {epoch}/{epochs}  {text}", soft_wrap=True)
+                say(console, f"epoch {epoch}/{epochs}  {text}")
 
         yield move
 
@@ -86,7 +90,8 @@ def summary(config: Config, dataset: str, spec: NetworkSpec, result: Record, out
     validation = result["val_error"][-1]
     spikes = " ".join(f"{s:.2f}" for s in result["spikes_per_neuron"])
     method = _METHODS[config.gradient]
-    table = Table(title=f"{dataset}: {type(config.neuron).__name__}, {method}", min_width=60)
+    title = Text(f"{dataset}: {type(config.neuron).__name__}, {method}")
+    table = Table(title=title, min_width=60)
     table.add_column("")
     table.add_column("result", justify="right")
     table.add_row("test error", f"{result['test_error']:.2f} %")
@@ -110,5 +115,5 @@ def summary(config: Config, dataset: str, spec: NetworkSpec, result: Record, out
     table.add_row("sweeps", f"{config.phases.free} free{nudged}")
     table.add_row("layers", " - ".join(str(s) for s in map(np.prod, spec.state_shapes)))
     table.add_row("seconds an epoch", f"{result['seconds_per_epoch']:.1f}")
-    table.add_row("written to", str(out))
+    table.add_row("written to", Text(str(out)))
     return table

@@ -32,7 +32,7 @@ from ep_jax.files import make_folder, write_atomically, write_json
 from ep_jax.loop import Record, Training, mean_record, record_of
 from ep_jax.network import Params
 from ep_jax.presets import Config
-from ep_jax.progress import describe, progress, summary
+from ep_jax.progress import describe, progress, say, summary
 from ep_jax.provenance import provenance
 from ep_jax.training import TrainState
 
@@ -99,8 +99,8 @@ def train(
     if resume and (found := checkpoints.restore(state)) is not None:
         state, done = found
         history, pieces = done["history"], done["pieces"]
-        console.print(f"resumed in epoch {len(history) + 1}, after {len(pieces)} of {dispatches} "
-                      "dispatches")  # fmt: skip
+        say(console, f"resumed in epoch {len(history) + 1}, after {len(pieces)} of {dispatches} "
+            "dispatches")  # fmt: skip
     write_json(out / "config.json", to_json(config))
     state = training.compile(state)
 
@@ -121,7 +121,8 @@ def train(
                     save()
                     raise _stopped(asked[0], epoch, state)
                 if len(pieces) < dispatches:
-                    report(epoch, len(pieces), describe(pieces[-1]))
+                    # The mean since the epoch began, as its last line is of all of it.
+                    report(epoch, len(pieces), describe(mean_record(pieces)))
             record = _epoch_record(training, state, epoch, pieces)
             history.append(record)
             pieces = []
@@ -131,7 +132,7 @@ def train(
             save()
             report(epoch, dispatches, describe(record))
             for kind in record["warnings"].keys() - warned:
-                console.print(f"warning: {record['warnings'][kind]}", style="yellow")
+                say(console, f"warning: {record['warnings'][kind]}", "yellow")
             warned |= record["warnings"].keys()
             if on_epoch is not None:
                 on_epoch(record)

@@ -64,7 +64,7 @@ def follow(
 
     def look(now: Snapshot) -> tuple[jax.Array, jax.Array]:
         spikes = jnp.stack([jnp.mean(jnp.abs(s)) for s in now.spikes])
-        return network.read_out(spec, prepared, now.state[-1]).argmax(-1), spikes
+        return network.classify(network.read_out(spec, prepared, now.state[-1])), spikes
 
     def one(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         image, key = given

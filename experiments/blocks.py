@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ep_jax as ep
-from ep_jax import diagnostics, training
+from ep_jax import diagnostics, network, training
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
 from ep_jax.files import make_folder, write_json
@@ -166,7 +166,7 @@ def make_step(augmentation: Augmentation) -> Any:
 @nnx.jit
 def answers(model: Blocks, images: np.ndarray) -> jax.Array:
     """The classes of uint8 images."""
-    return model(jnp.asarray(to_float(images)))[0].argmax(-1)
+    return network.classify(model(jnp.asarray(to_float(images)))[0])
 
 
 def error(model: Blocks, images: np.ndarray, labels: np.ndarray, batch: int = 500) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -156,14 +157,38 @@ def muon(
 class Journal:
     """Rows that are written as they come, one line of JSON each, and not made twice.
 
-    An experiment that was interrupted goes on where it was.
+    An experiment that was interrupted goes on where it was. A last line that was cut off is made
+    again.
+
+    Args:
+        path: the file. Its first line holds the settings.
+        settings: all that decides the rows beside their keys.
+
+    Raises:
+        ValueError: the file holds rows of other settings, or lines that are none of these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole)
+        try:
+            made, *self.rows = [json.loads(line) for line in whole.splitlines()] or [None]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} holds a line that is no JSON: {error}") from error
+        settings = plain(settings)
+        if made is None:
+            self._write(settings)
+        elif made != settings:
+            raise ValueError(f"{path} holds rows made with the settings {made}, and not with "
+                             f"{settings}; expected the same, or another folder")  # fmt: skip
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def row(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row with these entries: an old one, or what `make` adds to them."""
@@ -172,9 +197,16 @@ class Journal:
                 return old
         row = plain(key | make())
         self.rows.append(row)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._write(row)
         return row
+
+
+def fingerprint(params: ep.Params) -> str:
+    """Some letters that two sets of parameters share only where they are equal."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()[:16]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

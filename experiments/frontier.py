@@ -23,7 +23,14 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from common import Journal, agreements, exact_gradients, plain, validation_batches
+from common import (
+    Journal,
+    agreements,
+    exact_gradients,
+    fingerprint,
+    plain,
+    validation_batches,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -33,6 +40,7 @@ from ep_jax.descriptions import to_json
 from ep_jax.diagnostics import spikes_per_neuron
 from ep_jax.files import write_json
 from ep_jax.presets import PRESETS
+from ep_jax.progress import say
 from ep_jax.provenance import provenance
 
 PRESET = PRESETS["mnist"].phases
@@ -194,9 +202,15 @@ def main() -> None:
         arguments = tyro.cli(Arguments, description=__doc__)
         data = load("mnist", data_dir=arguments.data_dir)
         xs, ys = validation_batches(data, arguments.batches, 64)
-        journal = Journal(arguments.runs / "frontier.jsonl")
-        for age, folder in (("early", arguments.early), ("late", arguments.late)):
-            params, spec, _ = ep.load_weights(folder)
+        networks = {
+            age: ep.load_weights(folder)
+            for age, folder in (("early", arguments.early), ("late", arguments.late))
+        }
+        weights = {age: fingerprint(params) for age, (params, _, _) in networks.items()}
+        journal = Journal(
+            arguments.runs / "frontier.jsonl", {"batches": arguments.batches, "weights": weights}
+        )
+        for age, (params, spec, _) in networks.items():
             exact = exact_gradients(params, spec, xs, ys)
             study(Subject(age, spec, params, exact, xs, ys), journal)
     except (ValueError, TypeError, OSError) as error:
@@ -209,7 +223,7 @@ def main() -> None:
     statement |= {age: getattr(arguments, age).name for age in ("early", "late")}
     statement["neurons"] = {name: to_json(n) for name, n in CODES.items()}
     write_json(arguments.out / "frontier.json", plain(statement) | {"rows": journal.rows} | made)
-    Console().print(f"written to {arguments.out}")
+    say(Console(), f"written to {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,12 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics, plots
+from ep_jax.checks import check_seed
 from ep_jax.data import DATASETS, Dataset, load
 from ep_jax.descriptions import to_json
 from ep_jax.files import write_json
 from ep_jax.presets import PRESETS, spec_of
+from ep_jax.progress import say
 from ep_jax.provenance import provenance
 
 
@@ -57,6 +59,7 @@ class Arguments:
     """Seed of initial weights and random neurons."""
 
     def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
         if (self.weights is None) == (self.preset is None):
             raise ValueError("expected either --weights or --preset")
         if self.preset is not None and self.preset not in PRESETS:
@@ -196,7 +199,7 @@ def check(arguments: Arguments) -> None:
         },
     }
     write_json(arguments.out / "check.json", plain(document) | provenance())
-    console.print(f"written to {arguments.out}")
+    say(console, f"written to {arguments.out}")
 
 
 def main() -> None:

@@ -152,7 +152,9 @@ class Training:
     def run(self) -> None:
         """Train what is missing, then tabulate."""
         data = load("mnist", data_dir=self.data_dir)
-        journal = Journal(self.runs / "training.jsonl")
+        journal = Journal(
+            self.runs / "training.jsonl", {"budget": dataclasses.asdict(self.budget)}
+        )
         rows = []
         for cell in combinations():
             row = dataclasses.asdict(cell)
@@ -262,7 +264,10 @@ class Gradients:
     def run(self) -> None:
         """Measure everything, print, draw, write."""
         data = load("mnist", data_dir=self.data_dir)
-        journal = Journal(self.runs / "gradients.jsonl")
+        journal = Journal(
+            self.runs / "gradients.jsonl",
+            {"budget": dataclasses.asdict(self.budget), "seeds": self.seeds},
+        )
         for feedback, pool, trained in itertools.product((1.0, WEAK), POOLS, (False, True)):
 
             @functools.cache

@@ -151,7 +151,7 @@ class Network:
         twin, long = diagnostics.rate_twin(spec), ep.Phases(free=arguments.exact_sweeps)
         own = outputs_of(params, spec, phases, ep.EP())
         known = {"ep": own, "exact": outputs_of(params, twin, long, ep.BPTT())}
-        self._answers = jax.jit(lambda xs: own(xs).argmax(-1))
+        self._answers = jax.jit(lambda xs: network.classify(own(xs)))
         self._attacks = {
             name: jax.jit(functools.partial(attack, outputs, steps=arguments.steps))
             for name, outputs in known.items()

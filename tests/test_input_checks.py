@@ -14,6 +14,7 @@ import ep_jax as ep
 from ep_jax import presets
 from ep_jax.phases import optimal_relaxation
 from ep_jax.pruning import prune
+from ep_jax.training import Augmentation
 
 SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(4), ep.Dense(3)), ep.Rate())
 PARAMS: Any = tuple(
@@ -289,6 +290,17 @@ CASES: dict[str, Case] = {
     # Runs.
     "an unknown gradient": (
         lambda: Config(gradient="adam"), ValueError, ("gradient ", "'adam'", "'bptt'")),
+    "a seed that JAX would cut": (
+        lambda: Config(seed=2**32), ValueError, ("seed ", "4294967296", "below 2^32")),
+    "a shift that leaves nothing": (
+        lambda: Augmentation(shift=8).check((8, 9, 1)), ValueError,
+        ("augmentation.shift ", "8", "(8, 9, 1)", "less than 8")),
+    "a square larger than the image": (
+        lambda: Augmentation(erase=9).check((8, 9, 1)), ValueError,
+        ("augmentation.erase ", "9", "(8, 9, 1)", "less than 8")),
+    "augmentation of what is no image": (
+        lambda: Augmentation(flip=True).check((8,)), ValueError,
+        ("augmentation ", "flip=True", "(8,)", "(H, W, C)")),
     "no images to learn": (
         lambda: Config(train_images=0), ValueError, ("train_images ", "0", "at least 1")),
     # Networks.
