@@ -68,7 +68,8 @@ def start(spec: ep.NetworkSpec, gain: float = 0.4) -> tuple[Any, jax.Array]:
 
 def gradients(spec: ep.NetworkSpec, derivative: Any, **settings: Any) -> Any:
     """``(params, xs, scale) -> gradients`` of a loss that no cost of the library is."""
-    phases = ep.Phases(**{"free": 150, "nudged": 150} | settings)
+    settings = {"free": 150, "nudged": 150} | settings
+    phases = ep.Phases(**settings)
     readout = jnp.asarray(np.random.default_rng(1).normal(size=spec.state_shapes[-1]))
 
     def loss(params: Any, xs: jax.Array, scale: Any) -> jax.Array:

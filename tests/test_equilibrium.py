@@ -181,7 +181,9 @@ POOLED: dict[str, Any] = {
 
 def winners(spec: ep.NetworkSpec, params: Any, state: Any, l: int) -> jax.Array:
     """Which of its four units wins each window of the max-pooled layer ``l``."""
-    layer = dataclasses.replace(spec.layers[l], pool=None)
+    pooled = spec.layers[l]
+    assert isinstance(pooled, ep.Conv)
+    layer = dataclasses.replace(pooled, pool=None)
     z = affine(layer, params[l], state[l - 1])
     windows = z.reshape(z.shape[0] // 2, 2, z.shape[1] // 2, 2, -1).transpose(0, 2, 4, 1, 3)
     return windows.reshape(-1, 4).argmax(-1)
