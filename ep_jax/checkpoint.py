@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ep_jax.descriptions import from_json, to_json
-from ep_jax.files import make_folder, replacing
+from ep_jax.files import make_folder, own_path, replacing
 from ep_jax.network import NetworkSpec, Params, check_params, parameters_of
 from ep_jax.phases import Phases
 from ep_jax.training import TrainState
@@ -33,11 +33,31 @@ from ep_jax.training import TrainState
 WEIGHTS_FORMAT = 3
 """Version of the weights that are written.
 
-Formats 1 and 2 are read as well; their specification is in ``network.json``. Format 2 knows
-no skips and no stride, dilation and groups of `Conv`, whose defaults are to have none. Format 1
-knows no over-relaxation, tolerance, stragglers and limit of `Phases` either, and a `DeltaCode` with
-a schedule alone, all of whose numbers it holds.
+Formats 1 and 2 are read as well; their specification is in ``network.json``.
 """
+_SINCE: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "Phases": {
+            "relaxation": 1.0,
+            "tolerance": None,
+            "stragglers": 0.0,
+            "free_more": 0,
+            "nudged_more": 0,
+            "limit": None,
+        },
+        "DeltaCode": {"levels": 3, "scale": 0.8, "shrink": 0.5},  # all were scheduled
+    },
+    3: {
+        "NetworkSpec": {
+            "skips": [],
+            "readout": None,
+            "output": None,
+            "normalization": {"type": "Normalization", "mean": [0.0], "std": [1.0]},
+        },
+        "Conv": {"stride": 1, "dilation": 1, "groups": 1},
+    },
+}
+"""Fields that came with a format, and what weights of before mean: not the defaults of today."""
 CHECKPOINT_FORMAT = 2
 """Version of the checkpoints that are written; another one is refused."""
 
@@ -61,7 +81,7 @@ def save_weights(
         >>> params, spec, phases = load_weights("my_network")  # doctest: +SKIP
     """
     check_params(spec, params)
-    folder = Path(folder)
+    folder = own_path("folder", folder)
     described = {"format": WEIGHTS_FORMAT, "spec": to_json(spec), "phases": to_json(phases)}
     make_folder("folder", folder)
     arrays: dict[str, Any] = {
@@ -96,7 +116,7 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
         ValueError: a file is unreadable, from a newer version, or does not fit the other one; or
             a type of the network cannot be imported.
     """
-    folder = Path(folder)
+    folder = own_path("folder", folder)
     weights, description = folder / "weights.npz", folder / "network.json"
     if not weights.is_file():
         raise _missing(folder, weights.name)
@@ -114,6 +134,7 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
     ):
         record = json.loads(description.read_text() if record is None else str(record))
         _check_format(record, 1, 2, WEIGHTS_FORMAT)
+        record = _completed(record, record["format"])
         spec, phases = from_json(record["spec"]), from_json(record["phases"])
         if not isinstance(spec, NetworkSpec) or not isinstance(phases, Phases):
             raise ValueError("no NetworkSpec and Phases")
@@ -128,6 +149,19 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
         )
         check_params(spec, params)
     return params, spec, phases
+
+
+def _completed(record: Any, version: int) -> Any:
+    """A description of a format with the fields that came later."""
+    if isinstance(record, list):
+        return [_completed(value, version) for value in record]
+    if not isinstance(record, dict):
+        return record
+    found = {name: _completed(value, version) for name, value in record.items()}
+    for since, added in _SINCE.items():
+        if version < since:
+            found = added.get(str(found.get("type")), {}) | found
+    return found
 
 
 def _missing(folder: Path, name: str) -> FileNotFoundError:

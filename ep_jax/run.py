@@ -28,7 +28,7 @@ from ep_jax.checkpoint import Checkpoints, save_weights
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
 from ep_jax.evaluation import evaluate
-from ep_jax.files import make_folder, write_atomically, write_json
+from ep_jax.files import check_unused, make_folder, own_path, write_atomically, write_json
 from ep_jax.loop import Record, Training, mean_record, record_of
 from ep_jax.network import Params
 from ep_jax.presets import Config
@@ -83,10 +83,12 @@ def train(
             result is written.
         StoppedError: SIGTERM or Ctrl-C came. Where the run was, it can go on with `resume`.
     """
-    out, console = Path(out), console or Console()
-    if not resume and ((out / "metrics.jsonl").exists() or (out / "checkpoints").exists()):
-        raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, or "
-                              "--resume to go on with that run")  # fmt: skip
+    out, console = own_path("out", out), console or Console()
+    if not resume:
+        if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
+            raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, "
+                                  "or --resume to go on with that run")  # fmt: skip
+        check_unused("out", out, "weights.npz", "result.json")
     if data is None:
         data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
     training = Training(config, data)

@@ -26,7 +26,7 @@ import ep_jax as ep
 from ep_jax import network
 from ep_jax.data import load, to_float
 from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
-from ep_jax.files import write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.provenance import provenance
 from ep_jax.relaxation import Snapshot
 from ep_jax.training import error_rate
@@ -100,6 +100,7 @@ def draw(rows: list[dict[str, Any]], usual: int, most: int) -> Figure:
 
 def run(arguments: Arguments) -> dict[str, Any]:
     """Measure, write, return."""
+    out = new_folder("out", arguments.out, "anytime.json")
     params, spec, phases = ep.load_weights(arguments.weights)
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     most = phases.for_all()
@@ -123,9 +124,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "rows": rows,
     }
     made = provenance()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "anytime.json", found | made)
-    draw(rows, phases.free, most.free).savefig(arguments.out / "anytime.png", dpi=150)
+    write_json(out / "anytime.json", found | made)
+    draw(rows, phases.free, most.free).savefig(out / "anytime.png", dpi=150)
     return found
 
 

@@ -33,7 +33,7 @@ import ep_jax as ep
 from ep_jax import diagnostics, network, training
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
-from ep_jax.files import make_folder, write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.nnx import Equilibrium
 from ep_jax.presets import NEURONS
 from ep_jax.provenance import provenance
@@ -263,18 +263,18 @@ def main() -> None:
     """Train by each rule, tell and write."""
     settings = tyro.cli(Settings, description=__doc__)
     console = Console()
+    out = new_folder("out", settings.out, "blocks.json")
     data = load(settings.dataset, data_dir=settings.data_dir)
     if settings.train_images is not None:
         kept = slice(settings.train_images)
         data = data._replace(
             train_images=data.train_images[kept], train_labels=data.train_labels[kept]
         )
-    make_folder("out", settings.out)
     rows = [train(settings, data, rule, console) for rule in settings.rules]
     fields = (f.name for f in dataclasses.fields(Settings) if f.name != "out")
     described = {name: to_json(getattr(settings, name)) for name in fields}
     result = plain({"rows": rows, "settings": described}) | provenance()
-    write_json(settings.out / "blocks.json", result)
+    write_json(out / "blocks.json", result)
     console.print(table(rows))
 
 

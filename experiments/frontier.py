@@ -38,7 +38,7 @@ import ep_jax as ep
 from ep_jax.data import load
 from ep_jax.descriptions import to_json
 from ep_jax.diagnostics import spikes_per_neuron
-from ep_jax.files import write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.presets import PRESETS
 from ep_jax.progress import say
 from ep_jax.provenance import provenance
@@ -200,6 +200,7 @@ def main() -> None:
     """Measure, draw, write."""
     try:
         arguments = tyro.cli(Arguments, description=__doc__)
+        out = new_folder("out", arguments.out, "frontier.json")
         data = load("mnist", data_dir=arguments.data_dir)
         xs, ys = validation_batches(data, arguments.batches, 64)
         networks = {
@@ -216,14 +217,13 @@ def main() -> None:
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"frontier.py: error: {error}")
     made = provenance()  # before files of the checkout change
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    draw(journal.rows, arguments.out)
+    draw(journal.rows, out)
     statement = dataclasses.asdict(arguments)
     del statement["runs"], statement["out"], statement["data_dir"]
     statement |= {age: getattr(arguments, age).name for age in ("early", "late")}
     statement["neurons"] = {name: to_json(n) for name, n in CODES.items()}
-    write_json(arguments.out / "frontier.json", plain(statement) | {"rows": journal.rows} | made)
-    say(Console(), f"written to {arguments.out}")
+    write_json(out / "frontier.json", plain(statement) | {"rows": journal.rows} | made)
+    say(Console(), f"written to {out}")
 
 
 if __name__ == "__main__":

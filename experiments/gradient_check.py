@@ -31,7 +31,7 @@ from ep_jax import diagnostics, plots
 from ep_jax.checks import check_seed
 from ep_jax.data import DATASETS, Dataset, load
 from ep_jax.descriptions import to_json
-from ep_jax.files import write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.presets import PRESETS, spec_of
 from ep_jax.progress import say
 from ep_jax.provenance import provenance
@@ -122,6 +122,7 @@ def gdu_curves(
 
 def check(arguments: Arguments) -> None:
     """Compare, print, draw, write."""
+    out = new_folder("out", arguments.out, "check.json")
     name = arguments.dataset or PRESETS[arguments.preset or ""].dataset
     data = load(name, data_dir=arguments.data_dir)
     params, spec, phases = network_of(arguments, data)
@@ -176,9 +177,8 @@ def check(arguments: Arguments) -> None:
     console.print(f"GDU curves, relative RMSE: states {state_errors.rmse.max():.1e}, "
                   f"parameters {param_errors.rmse.max():.1e}")  # fmt: skip
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plots.gdu(curves).savefig(arguments.out / "gdu.png", dpi=150)
-    plots.agreement(results).savefig(arguments.out / "agreement.png", dpi=150)
+    plots.gdu(curves).savefig(out / "gdu.png", dpi=150)
+    plots.agreement(results).savefig(out / "agreement.png", dpi=150)
     document = {
         "weights": None if arguments.weights is None else str(arguments.weights),
         "preset": arguments.preset,
@@ -198,8 +198,8 @@ def check(arguments: Arguments) -> None:
             "params_sign_error": param_errors.sign_error,
         },
     }
-    write_json(arguments.out / "check.json", plain(document) | provenance())
-    say(console, f"written to {arguments.out}")
+    write_json(out / "check.json", plain(document) | provenance())
+    say(console, f"written to {out}")
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from scipy import ndimage
 import ep_jax as ep
 from ep_jax import diagnostics, network
 from ep_jax.data import load, to_float
-from ep_jax.files import make_folder, write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.provenance import provenance
 
 
@@ -227,7 +227,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     images = np.asarray(to_float(data.validation_images[: arguments.images]))
     labels = data.validation_labels[: arguments.images].astype(np.int32)
-    make_folder("out", arguments.out)
+    out = new_folder("out", arguments.out, "robustness.json")
     rows = [
         measure(Network(weights, arguments), images, labels, arguments.attacked)
         for weights in arguments.weights
@@ -241,8 +241,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "strengths": STRENGTHS,
     }
     found = plain({"rows": rows, "settings": settings}) | provenance()
-    write_json(arguments.out / "robustness.json", found)
-    draw(rows).savefig(arguments.out / "robustness.png", dpi=150)
+    write_json(out / "robustness.json", found)
+    draw(rows).savefig(out / "robustness.png", dpi=150)
     return found
 
 

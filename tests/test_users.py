@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from rich.console import Console
 
 import ep_jax as ep
 from ep_jax import run, training
+from ep_jax.files import own_path, write_json
 from ep_jax.network import classify
 from ep_jax.presets import PRESETS
 
@@ -78,7 +82,7 @@ def test_a_label_out_of_range_inside_jit_is_not_learned(label: int) -> None:
 
 
 def test_a_journal_holds_rows_of_one_setting(tmp_path: Path) -> None:
-    """Rows of other settings in a new table; a line cut off by a kill that stops all that follows."""
+    """Rows of other settings in a new table; a line cut off that stops all that follows."""
     path, made = tmp_path / "rows.jsonl", []
 
     def row(journal: common.Journal, name: str) -> dict[str, Any]:
@@ -98,14 +102,14 @@ def test_a_journal_holds_rows_of_one_setting(tmp_path: Path) -> None:
     assert row(again, "c")["value"] == 3
     assert made == ["a", "b", "c"]
     assert [json.loads(line) for line in path.read_text().splitlines()][1:] == again.rows
-    with pytest.raises(ValueError, match="made with the settings .*2.* and not with .*3"):
+    with pytest.raises(ValueError, match=r"made with the settings .*2.* and not with .*3"):
         common.Journal(path, {"batches": 3})
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run into a folder of an odd name, and what it printed."""
-    out = tmp_path_factory.mktemp("odd") / "runs[" / "seed0] lr:x:1"
+    out = tmp_path_factory.mktemp("odd") / "runs" / "lr:x:1 [/seed0"
     console = Console(file=io.StringIO(), width=300)
     config = replace(
         PRESETS["digits"],
@@ -135,3 +139,113 @@ def test_the_lines_of_an_epoch_can_be_compared(shown: tuple[Path, str]) -> None:
     means = np.cumsum(pieces) / np.arange(1, len(pieces) + 1)
     assert len(losses) == len(pieces) == 4
     np.testing.assert_allclose(losses, means, atol=1e-4)
+
+
+def test_a_file_is_replaced_where_its_name_leads(tmp_path: Path) -> None:
+    """A link that becomes a file of its own; permissions that are the process's; rubbish left."""
+    target = tmp_path / "data" / "real.json"
+    target.parent.mkdir()
+    target.write_text("old")
+    target.chmod(0o640)
+    link = tmp_path / "link.json"
+    link.symlink_to(target)
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_devices_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    """``--json /dev/stdout``: a regular file in the place of a device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as other:
+        read = other.submit(pipe.read_bytes)
+        write_json(pipe, [1, 2])
+        assert json.loads(read.result()) == [1, 2]
+    assert pipe.is_fifo()
+
+
+def test_the_first_error_is_the_one_that_is_told(tmp_path: Path) -> None:
+    """Cleaning up that fails as well, and hides what went wrong."""
+    with pytest.raises(
+        OSError, match=r"x cannot be written: File name too long; expected a folder"
+    ):
+        write_json(tmp_path / ("x" * 300), 1)
+
+
+SCRIPTS = {
+    "train": ("weights.npz", ["--preset", "digits", "--out"]),
+    "prune": ("weights.npz", ["--weights", "nowhere", "--dataset", "digits", "--out"]),
+    "recurrence": ("recurrence.json", ["--weights", "nowhere", "--dataset", "digits", "--out"]),
+    "anytime": ("anytime.json", ["--weights", "nowhere", "--dataset", "digits", "--out"]),
+    "robustness": ("robustness.json", ["--weights", "nowhere", "--dataset", "digits", "--out"]),
+    "gradient_check": ("check.json", ["--preset", "digits", "--out"]),
+    "frontier": (
+        "frontier.json",
+        ["--early", "nowhere", "--late", "nowhere", "--runs", "nowhere", "--out"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_script_writes_over_a_result(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result of another run, lost; found out before anything is computed."""
+    file, words = SCRIPTS[name]
+    (tmp_path / file).write_text("precious")
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *words, str(tmp_path)])
+    with pytest.raises(SystemExit, match=rf"out is .* which holds {file}; expected a new folder"):
+        importlib.import_module(name).main()
+    assert (tmp_path / file).read_text() == "precious"
+
+
+def test_evaluation_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--json runs/digits/result.json``: the training's own result, lost."""
+    file = tmp_path / "result.json"
+    file.write_text("precious")
+    words = ["--weights", "nowhere", "--dataset", "digits", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
+    with pytest.raises(SystemExit, match=r"json is .* which holds result\.json"):
+        importlib.import_module("evaluate").main()
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("where", ["spec", "phases"])
+def test_no_field_of_saved_weights_is_made_up(where: str, tmp_path: Path) -> None:
+    """A default of today in the place of a field that is gone: another network, without a word."""
+    spec = ep.NetworkSpec((2,), (ep.Dense(2),), ep.Rate())
+    params = ep.init_params(jax.random.key(0), spec)
+    ep.save_weights(tmp_path, params, spec, ep.Phases())
+    with np.load(tmp_path / "weights.npz") as found:
+        arrays: dict[str, Any] = dict(found)
+    record = json.loads(str(arrays["network"]))
+    for field in record[where].keys() - {"type"}:
+        changed = json.loads(json.dumps(record))
+        del changed[where][field]
+        arrays["network"] = np.array(json.dumps(changed))
+        np.savez(tmp_path / "weights.npz", **arrays)
+        with pytest.raises(ValueError, match=rf"lacks {field}; expected its fields"):
+            ep.load_weights(tmp_path)
+    record[where]["colour"] = "red"
+    arrays["network"] = np.array(json.dumps(record))
+    np.savez(tmp_path / "weights.npz", **arrays)
+    with pytest.raises(ValueError, match="has the unknown colour"):
+        ep.load_weights(tmp_path)
+
+
+def test_a_home_folder_is_found_or_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--out=~/runs`` makes a folder called ~; without a home there is a traceback."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert own_path("out", "~/runs") == tmp_path / "runs"
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(ValueError, match="out is '~/runs', and there is no home folder here"):
+        own_path("out", "~/runs")
