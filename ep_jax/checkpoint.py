@@ -58,7 +58,7 @@ _SINCE: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 """Fields that came with a format, and what weights of before mean: not the defaults of today."""
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 """Version of the checkpoints that are written; another one is refused."""
 
 

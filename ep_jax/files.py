@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 
 def own_path(name: str, path: str | os.PathLike[str]) -> Path:
@@ -18,6 +21,23 @@ def own_path(name: str, path: str | os.PathLike[str]) -> Path:
     except RuntimeError as error:
         raise ValueError(f"{name} is {str(path)!r}, and there is no home folder here; expected a "
                          "path without ~") from error  # fmt: skip
+
+
+def check_plain(name: str, folder: Path) -> None:
+    """Raise where a folder's path holds what libraries read as a pattern: they never find it."""
+    whole = str(folder.resolve())
+    if found := sorted(set(whole) & set("[]*?\\")):
+        raise ValueError(f"{name} is {whole!r}, which holds {' '.join(found)}; expected a path "
+                         "without [ ] * ? and \\, which checkpoints are not found in")  # fmt: skip
+
+
+def fingerprint(*arrays: Any) -> str:
+    """Some letters that two lists of arrays share only where all of them are equal."""
+    found = hashlib.sha256()
+    for array in map(np.ascontiguousarray, arrays):
+        found.update(f"{array.dtype.str} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()[:16]
 
 
 def check_unused(name: str, folder: Path, *files: str) -> None:

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ from ep_jax.checkpoint import Checkpoints, save_weights
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
 from ep_jax.evaluation import evaluate
-from ep_jax.files import check_unused, make_folder, own_path, write_atomically, write_json
+from ep_jax.files import (
+    check_plain,
+    check_unused,
+    fingerprint,
+    make_folder,
+    own_path,
+    write_atomically,
+    write_json,
+)
 from ep_jax.loop import Record, Training, mean_record, record_of
 from ep_jax.network import Params
 from ep_jax.presets import Config
@@ -89,18 +98,21 @@ def train(
             raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, "
                                   "or --resume to go on with that run")  # fmt: skip
         check_unused("out", out, "weights.npz", "result.json")
+    check_plain("out", out)
     if data is None:
         data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
     training = Training(config, data)
     state = training.start()
     make_folder("out", out)
-    checkpoints = Checkpoints(out / "checkpoints", to_json(config))
+    checkpoints = Checkpoints(out / "checkpoints", _identity(config, data))
+    made_by = [provenance()]
     history: list[Record] = []  # of epochs
     pieces: list[Record] = []  # of dispatches of the epoch under way
     dispatches = len(training.dispatches(0))
     if resume and (found := checkpoints.restore(state)) is not None:
         state, done = found
         history, pieces = done["history"], done["pieces"]
+        made_by = [p for p in done["made_by"] if p != made_by[0]] + made_by
         say(console, f"resumed in epoch {len(history) + 1}, after {len(pieces)} of {dispatches} "
             "dispatches")  # fmt: skip
     write_json(out / "config.json", to_json(config))
@@ -108,7 +120,8 @@ def train(
 
     def save() -> None:
         number = len(history) * dispatches + len(pieces)
-        checkpoints.save(number, state, {"history": history, "pieces": pieces})
+        done = {"history": history, "pieces": pieces, "made_by": made_by}
+        checkpoints.save(number, state, done)
 
     warned: set[str] = set()
     with _heeding_signals() as asked, progress(console, config.epochs, dispatches) as report:
@@ -119,9 +132,12 @@ def train(
                 seconds = time.perf_counter() - began
                 health.check_finite(metrics, epoch, len(pieces) * len(batches))
                 pieces.append(record_of(metrics, training.spec) | {"seconds": seconds})
-                if asked:
+                if asked.stop is not None:
                     save()
-                    raise _stopped(asked[0], epoch, state)
+                    raise _stopped(asked.stop, epoch, state)
+                if asked.save and len(pieces) < dispatches:  # the end of an epoch saves anyway
+                    save()
+                asked.save = False
                 if len(pieces) < dispatches:
                     # The mean since the epoch began, as its last line is of all of it.
                     report(epoch, len(pieces), describe(mean_record(pieces)))
@@ -138,10 +154,20 @@ def train(
             warned |= record["warnings"].keys()
             if on_epoch is not None:
                 on_epoch(record)
-            if asked and epoch < config.epochs:
-                raise _stopped(asked[0], epoch, state)
+            if asked.stop is not None and epoch < config.epochs:
+                raise _stopped(asked.stop, epoch, state)
     checkpoints.close()
-    return _finish(training, state, history, out, console)
+    return _finish(training, state, history, made_by, out, console)
+
+
+def _identity(config: Config, data: Dataset) -> dict[str, Any]:
+    """What decides a run, so that it must be the same for a run to resume.
+
+    Not where the data lie, but what they are; and not among how many devices a batch is divided.
+    """
+    decides = to_json(config)
+    del decides["data_dir"], decides["devices"]
+    return decides | {"data": fingerprint(*data[1:])}
 
 
 def _epoch_record(
@@ -158,7 +184,12 @@ def _epoch_record(
 
 
 def _finish(
-    training: Training, state: TrainState, history: list[Record], out: Path, console: Console
+    training: Training,
+    state: TrainState,
+    history: list[Record],
+    made_by: list[Record],
+    out: Path,
+    console: Console,
 ) -> Record:
     """Evaluate, and write result, weights and figures."""
     config, spec, data = training.config, training.spec, training.data
@@ -172,7 +203,8 @@ def _finish(
         "dataset": data.name,
         "seed": config.seed,
         "config": to_json(config),
-        **provenance(),
+        **made_by[-1],
+        "resumed_from": made_by[:-1],  # other versions, or another machine
     }
     save_weights(out, params, spec, config.phases)
     write_json(out / "result.json", result)
@@ -181,25 +213,42 @@ def _finish(
     return result
 
 
-@contextlib.contextmanager
-def _heeding_signals() -> Iterator[list[int]]:
-    """A list to which SIGTERM and Ctrl-C add themselves, instead of ending the program.
+@dataclass
+class Asked:
+    """What signals have asked a run for.
 
-    A second Ctrl-C ends it at once. A signal that is ignored stays so: background jobs of a script
-    ignore Ctrl-C. Outside the main thread, where Python allows no handlers, the list stays empty.
+    Attributes:
+        stop: number of the signal that asked to stop.
+        save: whether to save and go on: schedulers warn before they kill.
     """
-    asked: list[int] = []
+
+    stop: int | None = None
+    save: bool = False
+
+
+@contextlib.contextmanager
+def _heeding_signals() -> Iterator[Asked]:
+    """What SIGTERM and Ctrl-C (stop) and SIGUSR1 (save, and go on) ask for, as they come.
+
+    A second Ctrl-C ends the program at once. A signal that is ignored stays so: background jobs of
+    a script ignore Ctrl-C. Outside the main thread, where Python allows no handlers, nothing is
+    ever asked for.
+    """
+    asked = Asked()
 
     def heed(number: int, _: Any) -> None:
-        if number in asked and number == signal.SIGINT:
+        if number == signal.SIGUSR1:
+            asked.save = True
+        elif asked.stop == number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        else:
+            asked.stop = number
 
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    heard = (n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN)
-    before = {n: signal.signal(n, heed) for n in heard}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, heed) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield asked
     finally:

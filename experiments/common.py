@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -199,14 +198,6 @@ class Journal:
         self.rows.append(row)
         self._write(row)
         return row
-
-
-def fingerprint(params: ep.Params) -> str:
-    """Some letters that two sets of parameters share only where they are equal."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()[:16]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -27,7 +27,6 @@ from common import (
     Journal,
     agreements,
     exact_gradients,
-    fingerprint,
     plain,
     validation_batches,
 )
@@ -38,7 +37,7 @@ import ep_jax as ep
 from ep_jax.data import load
 from ep_jax.descriptions import to_json
 from ep_jax.diagnostics import spikes_per_neuron
-from ep_jax.files import new_folder, write_json
+from ep_jax.files import fingerprint, new_folder, write_json
 from ep_jax.presets import PRESETS
 from ep_jax.progress import say
 from ep_jax.provenance import provenance
@@ -207,7 +206,9 @@ def main() -> None:
             age: ep.load_weights(folder)
             for age, folder in (("early", arguments.early), ("late", arguments.late))
         }
-        weights = {age: fingerprint(params) for age, (params, _, _) in networks.items()}
+        weights = {
+            age: fingerprint(*jax.tree.leaves(params)) for age, (params, _, _) in networks.items()
+        }
         journal = Journal(
             arguments.runs / "frontier.jsonl", {"batches": arguments.batches, "weights": weights}
         )

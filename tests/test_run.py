@@ -65,8 +65,8 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """For runs of which the training is looked at: it ends with the weights, not evaluated."""
 
-    def finish(training: Training, state: Any, history: Any, out: Path, console: Any) -> Any:
-        del history, console
+    def finish(training: Training, state: Any, *rest: Any) -> Any:
+        *_, out, _ = rest
         params = jax.device_get(state.params)
         ep.save_weights(out, params, training.spec, training.config.phases)
         return {"config": to_json(training.config)}
@@ -347,7 +347,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with run._heeding_signals() as asked:
         os.kill(os.getpid(), signal.SIGINT)
-    assert asked == []
+    assert asked.stop is None
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
@@ -356,7 +356,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
     """A run that hangs and cannot be ended from the keyboard."""
     with run._heeding_signals() as asked:
         os.kill(os.getpid(), signal.SIGINT)
-        assert asked == [signal.SIGINT]
+        assert asked.stop == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +22,11 @@ import pytest
 from rich.console import Console
 
 import ep_jax as ep
-from ep_jax import run, training
+from ep_jax import provenance, run, training
+from ep_jax.data import Dataset, load
 from ep_jax.files import own_path, write_json
 from ep_jax.network import classify
-from ep_jax.presets import PRESETS
+from ep_jax.presets import PRESETS, Config
 
 NEURONS = [
     ep.Rate(),
@@ -109,17 +112,11 @@ def test_a_journal_holds_rows_of_one_setting(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run into a folder of an odd name, and what it printed."""
-    out = tmp_path_factory.mktemp("odd") / "runs" / "lr:x:1 [/seed0"
+    out = tmp_path_factory.mktemp("odd") / "lr:x:1"
     console = Console(file=io.StringIO(), width=300)
-    config = replace(
-        PRESETS["digits"],
-        layers=(ep.Dense(8),),
-        epochs=1,
-        batch=100,
-        steps_per_dispatch=3,
-        phases=ep.Phases(3, 2),
-    )
-    run.train(config, out, console=console)
+    config = replace(TINY, epochs=1, steps_per_dispatch=3)
+    data = load("digits")._replace(name="mine [/bold]")
+    run.train(config, out, data=data, console=console)
     assert isinstance(console.file, io.StringIO)
     return out, console.file.getvalue()
 
@@ -128,6 +125,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(shown: tuple[Path, st
     """A traceback after a complete run, since its folder was called [/seed0]; an emoji for :x:."""
     out, text = shown
     assert str(out) in text
+    assert "mine [/bold]: DeltaCode" in text
 
 
 def test_the_lines_of_an_epoch_can_be_compared(shown: tuple[Path, str]) -> None:
@@ -249,3 +247,90 @@ def test_a_home_folder_is_found_or_asked_for(
     monkeypatch.setattr(Path, "expanduser", homeless)
     with pytest.raises(ValueError, match="out is '~/runs', and there is no home folder here"):
         own_path("out", "~/runs")
+
+
+TINY = replace(
+    PRESETS["digits"], layers=(ep.Dense(8),), epochs=2, batch=100, phases=ep.Phases(3, 2)
+)
+
+
+class KilledError(Exception):
+    """Stands for a machine that went away."""
+
+
+@pytest.fixture
+def unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end after their last epoch, not evaluated."""
+    monkeypatch.setattr(run, "_finish", lambda *_: {})
+
+
+def killed(out: Path, data: Dataset, config: Config = TINY) -> None:
+    """A run that went away after its first epoch."""
+
+    def dies(record: Any) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run.train(config, out, data=data, on_epoch=dies, console=Console(file=io.StringIO()))
+
+
+@pytest.mark.usefixtures("unfinished")
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    """Other images under the same name, as many as before: half of each is learned."""
+    data = load("digits")
+    killed(tmp_path, data)
+    swapped = data.train_images.copy()
+    swapped[0] = 16 - swapped[0]
+    with pytest.raises(ValueError, match="written by another configuration: data was '"):
+        run.train(TINY, tmp_path, data=data._replace(train_images=swapped), resume=True)
+
+
+@pytest.mark.usefixtures("unfinished")
+@pytest.mark.skipif(len(jax.local_devices()) < 2, reason="there is one device")
+def test_a_run_goes_on_where_the_data_moved_and_devices_came(tmp_path: Path) -> None:
+    """What decides nothing, and blocks a resume all the same."""
+    data = load("digits")
+    killed(tmp_path, data)
+    moved = replace(TINY, data_dir="/somewhere/else", devices=2)
+    seen: list[Any] = []
+    run.train(moved, tmp_path, data=data, resume=True, on_epoch=seen.append)
+    assert [record["epoch"] for record in seen] == [2]
+
+
+@pytest.mark.usefixtures("unfinished")
+def test_a_warning_from_the_scheduler_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+    """SIGUSR1, whose default is to end the program."""
+    config = replace(TINY, steps_per_dispatch=2)
+    check, calls = run.health.check_finite, []
+
+    def warns(*args: Any) -> None:
+        check(*args)
+        calls.append(sorted(p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run.health, "check_finite", warns)
+        run.train(config, tmp_path, data=load("digits"), console=Console(file=io.StringIO()))
+    assert calls[1] == []
+    assert calls[2] == ["2"]  # after two of five dispatches
+    assert len(calls) == 10
+
+
+def test_a_path_that_reads_as_a_pattern_is_refused(tmp_path: Path) -> None:
+    """Checkpoints that are written and can never be read."""
+    with pytest.raises(ValueError, match=r"out is .*, which holds \[ \]; expected a path without"):
+        run.train(TINY, tmp_path / "sweep[lr=0.1]")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commit_is_of_this_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed inside a user's repository: that one's commit of today."""
+    package = tmp_path / "env" / "ep_jax" / "provenance.py"
+    package.parent.mkdir(parents=True)
+    package.touch()
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "mine"]):
+        author = ["-c", "user.name=me", "-c", "user.email=me@here"]
+        subprocess.run(["git", *author, *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, "__file__", str(package))
+    assert provenance.provenance()["commit"] == "unknown"
