@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from ep_jax.descriptions import from_json, to_json
 from ep_jax.files import make_folder, own_path, replacing
-from ep_jax.network import NetworkSpec, Params, check_params, parameters_of
+from ep_jax.network import NetworkSpec, Params, check_params, parameters_of, precision_of
 from ep_jax.phases import Phases
 from ep_jax.training import TrainState
 
@@ -82,10 +82,16 @@ def save_weights(
     """
     check_params(spec, params)
     folder = own_path("folder", folder)
-    described = {"format": WEIGHTS_FORMAT, "spec": to_json(spec), "phases": to_json(phases)}
+    precision = precision_of(params).name
+    described = {
+        "format": WEIGHTS_FORMAT,
+        "dtype": precision,
+        "spec": to_json(spec),
+        "phases": to_json(phases),
+    }
     make_folder("folder", folder)
     arrays: dict[str, Any] = {
-        f"{owner}.{name}": np.asarray(value)
+        f"{owner}.{name}": _plain(np.asarray(value))
         for owner, p in zip(_owners(spec), params, strict=True)
         for name, value in p.items()
     }
@@ -93,6 +99,29 @@ def save_weights(
     with replacing(folder / "weights.npz") as file:
         np.savez(file, **arrays)
     (folder / "network.json").unlink(missing_ok=True)  # of an earlier version: it is of no use now
+
+
+_BITS = {"bfloat16": np.uint16}
+"""Types that NumPy's files do not know: what their bits are written as."""
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    bits = _BITS.get(array.dtype.name)
+    return array if bits is None else array.view(bits)
+
+
+def _typed(array: np.ndarray, precision: str | None) -> jax.Array:
+    """An array as it was saved; `precision` is ``None`` where its own is what it was.
+
+    Raises:
+        ValueError: this session of JAX would round it.
+    """
+    if precision in _BITS:
+        array = array.view(jnp.dtype(precision))
+    array = array.astype(array.dtype.newbyteorder("="))  # written on another kind of machine
+    if array.dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise ValueError("float64, which JAX would round to float32; expected JAX_ENABLE_X64=1")
+    return jnp.asarray(array)
 
 
 def _owners(spec: NetworkSpec) -> list[str]:
@@ -144,7 +173,7 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
         if arrays.keys() != names:
             raise ValueError(f"arrays {sorted(arrays)}; expected {sorted(names)}")
         params = tuple(
-            {name: jnp.asarray(arrays[f"{owner}.{name}"]) for name in p}
+            {name: _typed(arrays[f"{owner}.{name}"], record.get("dtype")) for name in p}
             for owner, p in zip(owners, wanted, strict=True)
         )
         check_params(spec, params)

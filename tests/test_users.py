@@ -334,3 +334,28 @@ def test_the_commit_is_of_this_project(tmp_path: Path, monkeypatch: pytest.Monke
         subprocess.run(["git", *author, *words], cwd=tmp_path, check=True)
     monkeypatch.setattr(provenance, "__file__", str(package))
     assert provenance.provenance()["commit"] == "unknown"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", ">f4"])
+def test_weights_of_any_precision_load_as_they_were_saved(dtype: str, tmp_path: Path) -> None:
+    """bfloat16 that comes back as bytes, float64 as float32, or another byte order as noise."""
+    spec = ep.NetworkSpec((3,), (ep.Dense(4), ep.Dense(2)), ep.Rate())
+    with jax.enable_x64(dtype == "float64"):
+        params = ep.init_params(jax.random.key(0), spec)
+        host = jax.tree.map(lambda p: np.asarray(p, jnp.dtype(dtype)), params)
+        ep.save_weights(tmp_path, host, spec, ep.Phases())
+        loaded, _, _ = ep.load_weights(tmp_path)
+        for saved, found in zip(jax.tree.leaves(host), jax.tree.leaves(loaded), strict=True):
+            assert found.dtype == saved.dtype.newbyteorder("=")
+            np.testing.assert_array_equal(np.asarray(found), saved)
+
+
+def test_weights_that_this_session_would_round_are_refused(tmp_path: Path) -> None:
+    """float64 weights in a program without it: other answers than those that were measured."""
+    spec = ep.NetworkSpec((3,), (ep.Dense(2),), ep.Rate())
+    with jax.enable_x64(True):
+        params = ep.init_params(jax.random.key(0), spec, dtype=jnp.float64)
+        ep.save_weights(tmp_path, params, spec, ep.Phases())
+    if not jax.config.jax_enable_x64:
+        with pytest.raises(ValueError, match="would round to float32; expected JAX_ENABLE_X64=1"):
+            ep.load_weights(tmp_path)
