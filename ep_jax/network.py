@@ -188,9 +188,12 @@ class NetworkSpec:
         for skip in self.skips:
             if not isinstance(skip, Skip):
                 raise TypeError(f"skips holds {skip!r}; expected ep_jax.Skip")
-        if not isinstance(self.neuron, Neuron):
-            raise TypeError(f"neuron is {self.neuron!r}; expected a neuron model such as "
+        if isinstance(self.neuron, type) or not isinstance(self.neuron, Neuron):
+            missing = _missing_methods(self.neuron)
+            lacks = f" without {', '.join(missing)}" if missing else ""
+            raise TypeError(f"neuron is {self.neuron!r}{lacks}; expected a neuron model such as "
                             "ep_jax.Rate() or ep_jax.DeltaCode()")  # fmt: skip
+        check_choice("neuron.activation", self.neuron.activation, ACTIVATIONS)
         if not callable(self.cost):
             check_choice("cost", self.cost, COSTS)
         check_number("feedback", self.feedback, above=0.0, at_most=1.0)
@@ -201,6 +204,13 @@ class NetworkSpec:
             raise TypeError(f"normalization is {self.normalization!r}; expected "
                             "ep_jax.Normalization")  # fmt: skip
         self.normalization.check(self.input_shape)
+        parts = {"neuron": self.neuron, "cost": self.cost, "layers": self.layers}
+        for name, part in (parts | {"skips": self.skips}).items():
+            try:
+                hash(part)
+            except TypeError as error:
+                raise TypeError(f"{name} is {part!r}, which has no hash, so it cannot be static "
+                                "under jit; expected frozen dataclasses") from error  # fmt: skip
         if not self.depth:
             raise ValueError("layers holds one layer; expected two or more with a read-out (that of"
                              " cost='cross_entropy'), which has no state")  # fmt: skip
@@ -279,6 +289,12 @@ class NetworkSpec:
         if layer == self.depth - 1:
             name = self.output or (name if self.has_readout else "linear")
         return ACTIVATIONS[name]
+
+
+def _missing_methods(neuron: Any) -> list[str]:
+    """What an object that is to be a neuron model has not."""
+    names = ("activation", "readout", "signal", "start", "step", "stochastic")
+    return [] if isinstance(neuron, type) else [n for n in names if not hasattr(neuron, n)]
 
 
 def init_params(

@@ -24,7 +24,7 @@ from ep_jax.gradients import GRADIENTS
 from ep_jax.layers import Dense, Layer
 from ep_jax.network import NetworkSpec, Normalization
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
-from ep_jax.optimizers import SGD, AdamW, Muon, Settings, check_layer_factors
+from ep_jax.optimizers import SGD, AdamW, Muon, Settings, check_layer_factors, check_warmup
 from ep_jax.phases import Phases
 from ep_jax.training import Augmentation
 
@@ -170,7 +170,7 @@ class Config:
         if self.cap is not None:
             check_number("cap", self.cap, above=0.0)
         check_non_negative("weight_decay", self.weight_decay)
-        check_non_negative("warmup", self.warmup, at_most=1.0)
+        check_warmup(self.warmup)
         check_non_negative("shrink", self.shrink)
         if len(self.channels) != len(self.kernels):
             raise ValueError(f"kernels is {self.kernels}; expected one kernel for each of the "

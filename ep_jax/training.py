@@ -343,6 +343,7 @@ def predict(
     """
     network.check_params(spec, params)
     check_images(spec, images)
+    check_integer("batch", batch, at_least=1)
     key = jax.random.key(0) if key is None else key
     check_phases(spec, phases, key)
     keys = jax.random.split(key, len(images))
