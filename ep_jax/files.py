@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -57,13 +58,19 @@ def new_folder(name: str, path: str | os.PathLike[str], *files: str) -> Path:
 
 
 def make_folder(name: str, path: Path) -> None:
-    """Make the folder that the argument `name` asks for, where it is not there yet."""
+    """Make the folder that the argument `name` asks for, where it is not there yet.
+
+    Raises:
+        OSError: it cannot be made, or written to: better now than when there is a result.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise OSError(
-            f"{name} is {str(path)!r}, which cannot be made: {error.strerror}; expected a folder "
-            "that is there, or in a place that may be written to"
+            f"{name} is {str(path)!r}, which cannot be made or written to: {error.strerror}; "
+            "expected a folder that is there, or in a place that may be written to"
         ) from error
 
 

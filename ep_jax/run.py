@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,7 @@ def _finish(
     """Evaluate, and write result, weights and figures."""
     config, spec, data = training.config, training.spec, training.data
     params = jax.device_get(state.params)
+    save_weights(out, params, spec, config.phases)  # before anything that may fail
     result = {
         **evaluate(params, spec, config.phases, data, training.eval_key),
         "val_error": [r["val_error"] for r in history],
@@ -206,10 +208,16 @@ def _finish(
         **made_by[-1],
         "resumed_from": made_by[:-1],  # other versions, or another machine
     }
-    save_weights(out, params, spec, config.phases)
     write_json(out / "result.json", result)
-    _draw(out / "figures", training, params, history)
-    console.print(summary(config, data.name, spec, result, out))
+    # The run is complete: what fails now is told, and no more.
+    for what, show in (
+        ("figures", lambda: _draw(out / "figures", training, params, history)),
+        ("the summary", lambda: console.print(summary(config, data.name, spec, result, out))),
+    ):
+        try:
+            show()
+        except Exception as error:  # from a full disk to a terminal that cannot show a line
+            warnings.warn(f"{what} failed: {error!r}; the result is in {out}", stacklevel=2)
     return result
 
 

@@ -16,7 +16,7 @@ import tyro
 from ep_jax import load_weights
 from ep_jax.data import load
 from ep_jax.evaluation import evaluate
-from ep_jax.files import check_unused, own_path, write_json
+from ep_jax.files import check_unused, make_folder, own_path, write_json
 from ep_jax.provenance import provenance
 
 
@@ -42,6 +42,7 @@ def main() -> None:
         if arguments.json_file is not None:
             file = own_path("json", arguments.json_file)
             check_unused("json", file.parent, file.name)
+            make_folder("json", file.parent)
         params, spec, phases = load_weights(arguments.weights)
         data = load(arguments.dataset, data_dir=arguments.data_dir)
         result = evaluate(params, spec, phases, data)

@@ -17,7 +17,7 @@ from ep_jax import load_weights, save_weights
 from ep_jax.checks import check_non_negative
 from ep_jax.data import load
 from ep_jax.evaluation import evaluate
-from ep_jax.files import check_unused, own_path, write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.provenance import provenance
 from ep_jax.pruning import activity, prune
 from ep_jax.training import error_rate, predict
@@ -52,8 +52,7 @@ def main() -> None:
 
 def run(arguments: Arguments) -> None:
     """Prune, compare on the validation images, evaluate, write."""
-    out = own_path("out", arguments.out)
-    check_unused("out", out, "weights.npz", "result.json")
+    out = new_folder("out", arguments.out, "weights.npz", "result.json")
     params, spec, phases = load_weights(arguments.weights)
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     awake = activity(params, spec, phases.for_all(), data.train_images)

@@ -359,3 +359,42 @@ def test_weights_that_this_session_would_round_are_refused(tmp_path: Path) -> No
     if not jax.config.jax_enable_x64:
         with pytest.raises(ValueError, match="would round to float32; expected JAX_ENABLE_X64=1"):
             ep.load_weights(tmp_path)
+
+
+def test_a_complete_run_does_not_fail_by_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After hours of training: a traceback, an exit status of 1, and nobody knows what there is."""
+
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(run, "_draw", full)
+    monkeypatch.setattr(run, "evaluate", lambda *_: {"test_error": 1.0})  # no summary of that
+    with pytest.warns(UserWarning, match=r"figures failed: .*No space left.*; the result is in"):
+        result = run.train(replace(TINY, epochs=1), tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_weights_are_there_before_anything_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation that runs out of memory, and takes the training with it."""
+
+    def fails(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(run, "evaluate", fails)
+    with pytest.raises(MemoryError):
+        run.train(replace(TINY, epochs=1), tmp_path)
+    assert ep.load_weights(tmp_path)[1].classes == 10
+
+
+def test_an_output_that_cannot_be_written_is_found_out_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that may only be read, found out when there is a result to write."""
+    words = ["--weights", "nowhere", "--dataset", "digits", "--json", "/proc/nobody/out.json"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
+    with pytest.raises(SystemExit, match="json is '/proc/nobody', which cannot be made or written"):
+        importlib.import_module("evaluate").main()
