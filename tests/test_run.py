@@ -462,7 +462,7 @@ BAD_WORDS: list[tuple[list[str], str]] = [
     (["--feedback", "2"], "feedback is 2.0; expected a finite number in (0, 1]"),
     (["--phases.beta", "0"], "beta is 0"),
     (["--kernels", "3"], "expected one kernel for each"),
-    (["--padding", "VALID", "--kernels", "2", "2"], "does not divide"),
+    (["--padding", "VALID", "--kernels", "2", "2"], "does not fit"),
     (["--dataset", "mnist", "--data-dir", "/nowhere"], "download_and_prepare"),
     (["--devices", "7"], "devices is 7; expected a divisor of the batch"),
     (["--epochs", "0"], "epochs is 0; expected an integer of at least 1"),
