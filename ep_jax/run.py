@@ -27,6 +27,7 @@ from rich.console import Console
 
 from ep_jax import health, plots
 from ep_jax.checkpoint import Checkpoints, save_weights
+from ep_jax.claims import claimed
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
 from ep_jax.evaluation import evaluate
@@ -85,7 +86,8 @@ def train(
         The result, as in ``result.json``.
 
     Raises:
-        FileExistsError: `out` holds a run, and `resume` is not asked for.
+        FileExistsError: `out` holds a run, and `resume` is not asked for; or another process is
+            writing into it.
         ValueError: the configuration does not fit the data, or `out` holds another run's
             checkpoint.
         OSError: a file cannot be written; the last checkpoint stays.
@@ -100,11 +102,24 @@ def train(
                                   "or --resume to go on with that run")  # fmt: skip
         check_unused("out", out, "weights.npz", "result.json")
     check_plain("out", out)
+    make_folder("out", out)
+    with claimed("out", out):
+        return _train(config, out, data, resume, on_epoch, console)
+
+
+def _train(
+    config: Config,
+    out: Path,
+    data: Dataset | None,
+    resume: bool,
+    on_epoch: Callable[[Record], None] | None,
+    console: Console,
+) -> Record:
+    """See `train`; the folder is there, and nobody else's."""
     if data is None:
         data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
     training = Training(config, data)
     state = training.start()
-    make_folder("out", out)
     checkpoints = Checkpoints(out / "checkpoints", _identity(config, data))
     made_by = [provenance()]
     history: list[Record] = []  # of epochs

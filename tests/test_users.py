@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -9,6 +10,8 @@ import os
 import re
 import signal
 import subprocess
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,7 @@ import pytest
 from rich.console import Console
 
 import ep_jax as ep
-from ep_jax import provenance, run, training
+from ep_jax import claims, provenance, run, training
 from ep_jax.data import Dataset, load
 from ep_jax.files import own_path, write_json
 from ep_jax.network import classify
@@ -398,3 +401,80 @@ def test_an_output_that_cannot_be_written_is_found_out_first(
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
     with pytest.raises(SystemExit, match="json is '/proc/nobody', which cannot be made or written"):
         importlib.import_module("evaluate").main()
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    """Two runs into one folder, at the same moment or one after the other: their results mixed."""
+    with claims.claimed("out", tmp_path):
+        with (
+            pytest.raises(FileExistsError, match=rf"which process {os.getpid()} on .* has held"),
+            claims.claimed("out", tmp_path),
+        ):
+            pass
+        with pytest.raises(FileExistsError, match="expected a folder of its own for each run"):
+            run.train(TINY, tmp_path, resume=True)
+    assert list(tmp_path.iterdir()) == []
+    with claims.claimed("out", tmp_path):
+        pass
+
+
+def left_behind(folder: Path, age: float = 0.0, **changed: Any) -> None:
+    """The claim of a run that was killed, or lives elsewhere."""
+    file = folder / claims.NAME
+    file.write_text(json.dumps(claims._own() | changed))
+    then = time.time() - age
+    os.utime(file, (then, then))
+
+
+def held(folder: Path) -> bool:
+    try:
+        with claims.claimed("out", folder):
+            return False
+    except FileExistsError:
+        return True
+
+
+def test_the_claim_of_a_dead_process_is_no_claim(tmp_path: Path) -> None:
+    """A folder that a kill locked for ever; a number that came again, here or on another host."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left_behind(tmp_path, process=gone.pid)
+    assert not held(tmp_path)
+    left_behind(tmp_path, began="1")  # a process of this number lives, and is another one
+    assert not held(tmp_path)
+    left_behind(tmp_path, host="elsewhere", process=gone.pid)
+    assert held(tmp_path)
+    left_behind(tmp_path, age=2 * claims.FORGOTTEN_AFTER, host="elsewhere")
+    assert not held(tmp_path)
+
+
+def test_the_processes_of_a_job_share_a_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of several processes that locks out the others."""
+    left_behind(tmp_path, host="elsewhere", job="17")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert not held(tmp_path)
+    assert (tmp_path / claims.NAME).exists()  # it is the other one's to give back
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert held(tmp_path)
+
+
+def test_of_many_who_see_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
+    """A claim that two take over, since both have seen that its owner is dead."""
+    left_behind(tmp_path, began="1")
+    start, got, done = threading.Barrier(8), [], threading.Barrier(8)
+
+    def take() -> None:
+        start.wait()
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(FileExistsError):
+                stack.enter_context(claims.claimed("out", tmp_path))
+                got.append(1)
+            done.wait()
+
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(8):
+            threads.submit(take)
+    assert len(got) == 1
+    assert list(tmp_path.iterdir()) == []
