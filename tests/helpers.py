@@ -13,12 +13,18 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 
 import ep_jax as ep
 from ep_jax.network import parameters_of
 
 Tree: TypeAlias = Any
+
+
+def slow(*values: Any) -> Any:
+    """A case of a parametrized test that ``make test`` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def attempt(call: Callable[[], Any]) -> Any:

@@ -21,6 +21,7 @@ from helpers import (
     one_hot,
     reference_cost,
     relative_error,
+    slow,
 )
 
 import ep_jax as ep
@@ -465,7 +466,7 @@ def test_jit_changes_nothing() -> None:
 # Precision.
 
 
-@pytest.mark.parametrize("of", [ep.ep_gradient, ep.bptt_gradient, ep.implicit_gradient])
+@pytest.mark.parametrize("of", [ep.ep_gradient, slow(ep.bptt_gradient), slow(ep.implicit_gradient)])
 def test_images_of_less_precision_than_the_parameters(of: Any) -> None:
     """What is cut to the images' float32 on its way; numbers that both hold are chosen."""
     layers = (ep.Conv(2, 3), ep.Conv(2, 3, "max", "SAME"), ep.Dense(3))

@@ -47,6 +47,7 @@ def batch() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(xs, jnp.float32), jnp.asarray(ys)
 
 
+@pytest.mark.slow
 def test_own_parts_train_and_load_in_another_program(tmp_path: Path) -> None:
     """A part that only the library's own layers, neurons and costs survive."""
     xs, ys = batch()

@@ -83,6 +83,7 @@ def test_ep_is_bptt_at_rest(spec: ep.NetworkSpec, coordinates: Any, seed: int) -
     assert relative_error(gradient(params, spec, xs, ys, settled), exact) < 1e-4
 
 
+@pytest.mark.slow
 @few
 @given(networks(RATES + SPIKING, ["avg"]), phases, seeds)
 def test_folded_is_unfolded(spec: ep.NetworkSpec, phases: ep.Phases, seed: int) -> None:
@@ -94,6 +95,7 @@ def test_folded_is_unfolded(spec: ep.NetworkSpec, phases: ep.Phases, seed: int) 
     assert relative_error(found, plain) < 1e-9
 
 
+@pytest.mark.slow
 @few
 @given(networks(RATES + SPIKING), phases, seeds)
 def test_a_batch_is_its_examples_in_any_order(
@@ -122,6 +124,7 @@ def with_permuted_channels(spec: ep.NetworkSpec, tree: Any, l: int, order: np.nd
     return (*tree[:l], here, above, *tree[l + 2 :])
 
 
+@pytest.mark.slow
 @few
 @given(networks(RATES + SPIKING), phases, seeds)
 def test_channels_have_no_order(spec: ep.NetworkSpec, phases: ep.Phases, seed: int) -> None:
@@ -137,6 +140,7 @@ def test_channels_have_no_order(spec: ep.NetworkSpec, phases: ep.Phases, seed: i
         assert relative_error(gradient(permuted, spec, xs, ys, phases), expected) < 1e-9
 
 
+@pytest.mark.slow
 @few
 @given(networks(RATES), phases, seeds)
 def test_single_precision_is_enough(spec: ep.NetworkSpec, phases: ep.Phases, seed: int) -> None:
