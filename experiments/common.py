@@ -1,10 +1,14 @@
-"""What the experiments share: trainings, exact gradients in float64, agreement, intervals."""
+"""What the experiments share: errors, trainings, exact gradients, agreement, intervals."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +64,20 @@ def learn(
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
     state, metrics = jax.jit(run)(state, images, labels, jnp.asarray(batches), step_key)
     return state.params, metrics
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """What was wrong with the input of a script, in one line; a reader that went away ends it."""
+    name = Path(sys.argv[0]).name
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        sys.exit(128 + signal.SIGPIPE)  # as a shell reports it
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"{name}: error: {error}")
 
 
 def validation_batches(data: Dataset, batches: int, batch: int) -> tuple[np.ndarray, np.ndarray]:

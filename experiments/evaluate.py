@@ -6,12 +6,12 @@ python experiments/evaluate.py --weights runs/digits --dataset digits --json out
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from common import command
 
 from ep_jax import load_weights
 from ep_jax.data import load
@@ -36,7 +36,7 @@ class Arguments:
 
 def main() -> None:
     """Evaluate, print and write."""
-    try:
+    with command():
         arguments = tyro.cli(Arguments, description=__doc__)
         file = None
         if arguments.json_file is not None:
@@ -49,9 +49,7 @@ def main() -> None:
         if file is not None:
             written = {"weights": str(arguments.weights), "dataset": arguments.dataset}
             write_json(file, written | result | provenance())
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"evaluate.py: error: {error}")
-    print(json.dumps(result, indent=2))
+        print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
