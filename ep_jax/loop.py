@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -92,7 +93,7 @@ class Training:
             config.phases,
             self._optimizer,
             augmentation=config.augmentation,
-            gradient=GRADIENTS[config.gradient],
+            gradient=functools.partial(GRADIENTS[config.gradient], microbatch=config.microbatch),
         )
         self._run: Any = jax.jit(
             _first(steps), donate_argnums=0, out_shardings=self._place.everywhere

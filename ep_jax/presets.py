@@ -81,6 +81,8 @@ class Config:
     """Passes over the training images; the schedule spans them."""
     batch: int = 64
     """Images in a step."""
+    microbatch: int | None = None
+    """Settle a batch in parts of so many images, one after the other; by default all at once."""
     steps_per_dispatch: int = 100
     """Most optimisation steps in one call of the device."""
     devices: int = 1
@@ -162,6 +164,12 @@ class Config:
         if self.batch % self.devices:
             raise ValueError(f"devices is {self.devices}; expected a divisor of the batch, which "
                              f"is {self.batch}")  # fmt: skip
+        if self.microbatch is not None:
+            check_integer("microbatch", self.microbatch, at_least=1)
+            if self.batch % self.microbatch or self.microbatch % self.devices:
+                raise ValueError(f"microbatch is {self.microbatch}; expected a divisor of the batch"
+                                 f", which is {self.batch}, and a multiple of devices, which is "
+                                 f"{self.devices}")  # fmt: skip
         if self.train_images is not None:
             check_integer("train_images", self.train_images, at_least=1)
         check_number("feedback", self.feedback, above=0.0, at_most=1.0)

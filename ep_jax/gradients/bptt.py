@@ -19,7 +19,7 @@ from ep_jax import dynamics, network
 from ep_jax.checks import check_choice, check_integer
 from ep_jax.coordinates import Absolute
 from ep_jax.dynamics import PhaseInfo, mean_info
-from ep_jax.gradients.batch import GradientInfo, check
+from ep_jax.gradients.batch import Checked, GradientInfo, check, in_parts
 from ep_jax.network import NetworkSpec, Params, Prepared, State
 from ep_jax.neurons import ACTIVATIONS, Clock, Neuron, relax
 from ep_jax.phases import Phases
@@ -36,11 +36,12 @@ def bptt_gradient(
     *,
     tracked: int | None = None,
     remat: bool = False,
+    microbatch: int | None = None,
 ) -> tuple[Params, GradientInfo]:
     """The gradient of the batch-mean cost after ``phases.free`` sweeps, by reverse mode.
 
     Not jitted: wrap it as ``jax.jit(bptt_gradient, static_argnames=("spec", "phases", "tracked",
-    "remat"))``.
+    "remat", "microbatch"))``.
 
     Args:
         params: parameters of `spec`.
@@ -53,6 +54,7 @@ def bptt_gradient(
         tracked: differentiate the last so many sweeps only, by default all: from a settled state,
             the truncated gradient converges to the exact one.
         remat: keep the state of every sqrt(tracked)-th sweep alone and compute the others again.
+        microbatch: see `ep_jax.ep_gradient`.
 
     Returns:
         The gradient, of the same tree as `params`, and a `GradientInfo` without a nudged phase.
@@ -70,6 +72,22 @@ def bptt_gradient(
     """
     given = check(params, spec, xs, ys, phases, key)
     tracked = check_tracked(spec, phases, tracked, remat)
+
+    def gradient(part: Checked) -> tuple[Params, GradientInfo]:
+        return _gradient(params, spec, phases, tracked, remat, part)
+
+    return in_parts(microbatch, given, gradient)
+
+
+def _gradient(
+    params: Params,
+    spec: NetworkSpec,
+    phases: Phases,
+    tracked: int,
+    remat: bool,
+    given: Checked,
+) -> tuple[Params, GradientInfo]:
+    """See `bptt_gradient`."""
 
     def mean_cost(params: Params) -> tuple[jax.Array, tuple[jax.Array, PhaseInfo]]:
         prepared = network.prepare(params, spec)

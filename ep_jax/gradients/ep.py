@@ -33,10 +33,12 @@ from ep_jax import dynamics, network
 from ep_jax.coordinates import Absolute, Base, Displacement, Nudge, base_of, displacement_units
 from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.gradients.batch import (
+    Checked,
     Free,
     GradientInfo,
     answer,
     check,
+    in_parts,
     settle,
     with_readout,
 )
@@ -114,11 +116,13 @@ def ep_gradient(
     ys: jax.Array,
     phases: Phases,
     key: jax.Array | None = None,
+    *,
+    microbatch: int | None = None,
 ) -> tuple[Params, GradientInfo]:
     """The gradient of the batch-mean cost by Equilibrium Propagation.
 
     Memory does not grow with the number of sweeps. Not jitted: wrap it, or what calls it, as
-    ``jax.jit(ep_gradient, static_argnames=("spec", "phases"))``.
+    ``jax.jit(ep_gradient, static_argnames=("spec", "phases", "microbatch"))``.
 
     Args:
         params: parameters of `spec`.
@@ -128,6 +132,8 @@ def ep_gradient(
         phases: sweeps, nudging strength, estimator, coordinates.
         key: random key, for stochastic neurons and ``estimator="random_sign"``. The nudged phases
             of one example share one key.
+        microbatch: settle the batch in parts of so many examples, one after the other: the memory
+            is that of a part. Parts have stragglers and a median (``phases.limit``) of their own.
 
     Returns:
         The gradient, of the same tree as `params`, and a `GradientInfo`.
@@ -145,6 +151,13 @@ def ep_gradient(
     """
     given = check(params, spec, xs, ys, phases, key)
     check_nudge(spec, phases, phases.beta, given.xs.dtype)
+    return in_parts(microbatch, given, lambda part: _gradient(params, spec, phases, part))
+
+
+def _gradient(
+    params: Params, spec: NetworkSpec, phases: Phases, given: Checked
+) -> tuple[Params, GradientInfo]:
+    """See `ep_gradient`."""
     batch = given.xs.shape[0]
     points = nudges(phases, batch, given.xs.dtype, given.keys.estimator)
     free, told = settle(params, spec, given.xs, phases, given.keys.free)
