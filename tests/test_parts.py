@@ -53,7 +53,7 @@ def test_memory_is_that_of_a_part(gradient: Any) -> None:
 
 def test_random_signs_differ_from_part_to_part() -> None:
     """One sign for all parts: the estimator's bias does not average out."""
-    arguments, key = given(SPEC), jax.random.key(1)
+    arguments = given(SPEC)
     phases = ep.Phases(8, 6, beta=0.5, estimator="random_sign")
     signs = {
         jax.tree.leaves(ep.ep_gradient(*arguments, phases, jax.random.key(i), microbatch=3)[0])[0]
