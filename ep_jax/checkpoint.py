@@ -30,7 +30,7 @@ from ep_jax.network import NetworkSpec, Params, check_params, parameters_of, pre
 from ep_jax.phases import Phases
 from ep_jax.training import TrainState
 
-WEIGHTS_FORMAT = 3
+WEIGHTS_FORMAT = 4
 """Version of the weights that are written.
 
 Formats 1 and 2 are read as well; their specification is in ``network.json``.
@@ -56,6 +56,7 @@ _SINCE: dict[int, dict[str, dict[str, Any]]] = {
         },
         "Conv": {"stride": 1, "dilation": 1, "groups": 1},
     },
+    4: {"Phases": {"precision": "float32"}},
 }
 """Fields that came with a format, and what weights of before mean: not the defaults of today."""
 CHECKPOINT_FORMAT = 3
@@ -162,7 +163,7 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
         weights if record is not None else description, "the specification of a network"
     ):
         record = json.loads(description.read_text() if record is None else str(record))
-        _check_format(record, 1, 2, WEIGHTS_FORMAT)
+        _check_format(record, 1, 2, 3, WEIGHTS_FORMAT)
         record = _completed(record, record["format"])
         spec, phases = from_json(record["spec"]), from_json(record["phases"])
         if not isinstance(spec, NetworkSpec) or not isinstance(phases, Phases):

@@ -392,12 +392,20 @@ class Prepared(NamedTuple):
     readout: LayerParams | None
 
 
-def prepare(params: Params, spec: NetworkSpec) -> Prepared:
-    """The parameters in prepared form."""
+def prepare(params: Params, spec: NetworkSpec, precision: str = "float32") -> Prepared:
+    """The parameters in prepared form; a `precision` of bfloat16 rounds the links between layers.
+
+    What the input says is no part of a sweep, so it is computed in full.
+    """
     maps = tuple(
         edge.layer.prepare(params[edge.params_index], spec.shapes[edge.source + 1])
         for edge in spec.edges
     )
+    if precision == "bfloat16":
+        maps = tuple(
+            map_ if edge.source < 0 else jax.tree.map(lambda a: a.astype(jnp.bfloat16), map_)
+            for edge, map_ in zip(spec.edges, maps, strict=True)
+        )
     biases = tuple(spec.layers[l].bias(params[l], spec.shapes[l]) for l in range(spec.depth))
     readout = params[spec.depth] if spec.has_readout else None
     return Prepared(maps, pack(spec, biases), readout)

@@ -290,7 +290,6 @@ def _answers(
     params: Params, batches: jax.Array, keys: jax.Array, *, spec: NetworkSpec, phases: Phases
 ) -> tuple[jax.Array, PhaseInfo]:
     """Answers ``[batches, B, classes]`` to images ``[batches, B, ...]``; each example's info."""
-    prepared = network.prepare(params, spec)
 
     def settled(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, PhaseInfo]:
         images, keys = batch
@@ -306,7 +305,9 @@ def _answers(
         outputs = jax.vmap(lambda s: network.read_out(spec, prepared, s))(found.state[-1])
         return outputs, found.info
 
-    return jax.lax.map(settled, (batches, keys))
+    with phases.products():
+        prepared = network.prepare(params, spec, phases.precision)
+        return jax.lax.map(settled, (batches, keys))
 
 
 def check_images(spec: NetworkSpec, images: np.ndarray | jax.Array) -> None:

@@ -167,7 +167,7 @@ def settle(
     params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases, keys: jax.Array | None
 ) -> tuple[Free, PhaseInfo]:
     """Settle every example freely; the info is that of each."""
-    prepared = network.prepare(params, spec)
+    prepared = network.prepare(params, spec, phases.precision)
     drives = jax.vmap(lambda x: network.input_drive(spec, prepared, x))(xs)
     found = dynamics.settle_batch(
         spec, phases, False, lambda *drives: Absolute(spec, prepared, drives), drives, keys

@@ -76,7 +76,8 @@ def bptt_gradient(
     def gradient(part: Checked) -> tuple[Params, GradientInfo]:
         return _gradient(params, spec, phases, tracked, remat, part)
 
-    return in_parts(microbatch, given, gradient)
+    with phases.products():
+        return in_parts(microbatch, given, gradient)
 
 
 def _gradient(
@@ -90,7 +91,7 @@ def _gradient(
     """See `bptt_gradient`."""
 
     def mean_cost(params: Params) -> tuple[jax.Array, tuple[jax.Array, PhaseInfo]]:
-        prepared = network.prepare(params, spec)
+        prepared = network.prepare(params, spec, phases.precision)
         last, info = settled(prepared, spec, given.xs, phases, given.keys.free, tracked, remat)
         costs = jax.vmap(lambda s, y: network.cost_of(spec, prepared, s, y))(last, given.ys)
         output = jax.vmap(lambda s: network.read_out(spec, prepared, s))(last)

@@ -151,7 +151,8 @@ def ep_gradient(
     """
     given = check(params, spec, xs, ys, phases, key)
     check_nudge(spec, phases, phases.beta, given.xs.dtype)
-    return in_parts(microbatch, given, lambda part: _gradient(params, spec, phases, part))
+    with phases.products():
+        return in_parts(microbatch, given, lambda part: _gradient(params, spec, phases, part))
 
 
 def _gradient(
@@ -314,7 +315,9 @@ def limit_displacements(d: State, errors: jax.Array, limit: float) -> tuple[Stat
 
 
 def _cast_to(dtype: jnp.dtype) -> Callable[[Any], Any]:
-    """A function that casts all arrays of a tree: complex nudges ask for complex states."""
+    """A function that makes all arrays of a tree complex where the nudges, and so the states, are."""
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        return lambda tree: tree
     return lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
 
 

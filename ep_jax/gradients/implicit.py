@@ -89,7 +89,8 @@ def implicit_gradient(
     def gradient(part: Checked) -> tuple[Params, GradientInfo]:
         return _gradient(params, spec, phases, tolerance, max_sweeps, part)
 
-    return in_parts(microbatch, given, gradient)
+    with phases.products():
+        return in_parts(microbatch, given, gradient)
 
 
 def _gradient(
@@ -102,6 +103,7 @@ def _gradient(
 ) -> tuple[Params, GradientInfo]:
     """See `implicit_gradient`."""
     free, told = settle(params, spec, given.xs, phases, given.keys.free)
+    free = free._replace(prepared=network.prepare(params, spec))  # an adjoint settles to rounding
     gradient_of = jax.vmap(lambda s, y: network.cost_gradient(spec, free.prepared, s, y))
     sources = gradient_of(free.state[-1], given.ys)
     v, info = adjoints(spec, free, sources, tolerance, max_sweeps)
