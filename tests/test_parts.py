@@ -15,7 +15,7 @@ SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(3, 3), ep.Dense(8), ep.Dense(3)), ep.R
 GRADIENTS = [ep.ep_gradient, ep.bptt_gradient, ep.implicit_gradient]
 
 
-def given(spec: ep.NetworkSpec, batch: int = 12) -> tuple[Any, ...]:
+def given(spec: ep.NetworkSpec, batch: int = 12) -> tuple[Any, Any, jax.Array, jax.Array]:
     keys = jax.random.split(jax.random.key(0), 3)
     params = ep.init_params(keys[0], spec)
     xs = jax.random.uniform(keys[1], (batch, *spec.input_shape), params[0]["w"].dtype)
@@ -44,7 +44,9 @@ def test_memory_is_that_of_a_part(gradient: Any) -> None:
 
     def memory(xs: jax.Array, ys: jax.Array, size: int | None) -> int:
         run = jax.jit(lambda p, xs, ys: gradient(p, SPEC, xs, ys, ep.Phases(8, 6), microbatch=size))
-        return run.lower(params, xs, ys).compile().memory_analysis().temp_size_in_bytes
+        needed = run.lower(params, xs, ys).compile().memory_analysis()
+        assert needed is not None
+        return needed.temp_size_in_bytes
 
     part, whole = memory(xs[:16], ys[:16], None), memory(xs, ys, None)
     batch = xs.nbytes + ys.nbytes  # is laid out anew

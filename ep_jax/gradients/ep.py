@@ -315,7 +315,7 @@ def limit_displacements(d: State, errors: jax.Array, limit: float) -> tuple[Stat
 
 
 def _cast_to(dtype: jnp.dtype) -> Callable[[Any], Any]:
-    """A function that makes all arrays of a tree complex where the nudges, and so the states, are."""
+    """A function that makes the arrays of a tree complex where the nudges are."""
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         return lambda tree: tree
     return lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
