@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import slow
 from rich.console import Console
 
 import ep_jax as ep
@@ -317,7 +318,7 @@ def test_a_warning_from_the_scheduler_saves_and_the_run_goes_on(tmp_path: Path) 
         run.train(config, tmp_path, data=load("digits"), console=Console(file=io.StringIO()))
     assert calls[1] == []
     assert calls[2] == ["2"]  # after two of five dispatches
-    assert len(calls) == 10
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_path_that_reads_as_a_pattern_is_refused(tmp_path: Path) -> None:
@@ -555,8 +556,8 @@ def test_a_trace_of_numbers_is_stacked() -> None:
     _, info = ep.free_phase(params, spec, x, phases, trace=lambda now: {"a": 1.0, "b": now.step})
     assert info.trace["a"].tolist() == [1.0] * 5
     assert info.trace["b"].tolist() == [0, 1, 2, 3, 4]
-    odd: Any = lambda now: "a"  # noqa: E731
-    with pytest.raises(TypeError, match="trace returned 'a'; expected arrays or numbers"):
+    odd: Any = lambda now: object()  # noqa: E731
+    with pytest.raises(TypeError, match=r"trace returned <object .*; expected arrays or numbers"):
         ep.free_phase(params, spec, x, phases, trace=odd)
 
 
@@ -584,7 +585,7 @@ def test_a_gradient_is_exported_for_any_batch(gradient: Any) -> None:
         jax.export.export(unsized)(*given)
 
 
-@pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize("neuron", [ep.Rate(), *map(slow, NEURONS[1:])], ids=str)
 def test_gradients_are_the_same_without_jit(neuron: ep.Neuron) -> None:
     """``JAX_DISABLE_JIT=1``, with which people look for their errors."""
     spec = ep.NetworkSpec((4,), (ep.Dense(5), ep.Dense(3)), neuron)
@@ -592,8 +593,8 @@ def test_gradients_are_the_same_without_jit(neuron: ep.Neuron) -> None:
     xs, ys, key = jnp.ones((2, 4)), jnp.array([0, 1]), jax.random.key(1)
     for gradient, phases in (
         (ep.ep_gradient, ep.Phases(4, 4, tolerance=1e-3)),
-        (ep.bptt_gradient, ep.Phases(3)),
-        (ep.implicit_gradient, ep.Phases(3)),
+        (ep.bptt_gradient, ep.Phases(2)),
+        (ep.implicit_gradient, ep.Phases(2)),
     ):
         compiled = jax.jit(gradient, static_argnames=("spec", "phases"))
         wanted, _ = compiled(params, spec, xs, ys, phases, key)
@@ -616,7 +617,7 @@ def test_bptt_through_what_has_no_derivative_says_so() -> None:
     """A gradient of zeros below the output, without a word."""
     spec = ep.NetworkSpec((4,), (ep.Dense(5), ep.Dense(3)), Rounded())
     params = ep.init_params(jax.random.key(0), spec)
-    xs, ys, phases = jnp.ones((2, 4)), jnp.array([0, 1]), ep.Phases(4)
+    xs, ys, phases = jnp.ones((2, 4)), jnp.array([0, 1]), ep.Phases(3, 2)
     with pytest.raises(ValueError, match=r"neuron is Rounded.* expected one with a surrogate"):
         ep.bptt_gradient(params, spec, xs, ys, phases)
     with pytest.raises(ValueError, match="neuron is Rounded"):
