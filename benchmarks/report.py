@@ -25,6 +25,7 @@ from rich.console import Console
 
 from ep_jax.devices import divide_cpu
 from ep_jax.files import write_atomically
+from ep_jax.progress import say
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def main() -> None:
                 )
             )
     write_atomically(out / "report.md", report(out).encode())
-    Console().print(f"written to {out / 'report.md'}")
+    say(Console(), f"written to {out / 'report.md'}")
 
 
 if __name__ == "__main__":

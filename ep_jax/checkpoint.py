@@ -25,20 +25,41 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ep_jax.descriptions import from_json, to_json
-from ep_jax.files import make_folder, replacing
-from ep_jax.network import NetworkSpec, Params, check_params, parameters_of
+from ep_jax.files import make_folder, own_path, replacing
+from ep_jax.network import NetworkSpec, Params, check_params, parameters_of, precision_of
 from ep_jax.phases import Phases
 from ep_jax.training import TrainState
 
-WEIGHTS_FORMAT = 3
+WEIGHTS_FORMAT = 4
 """Version of the weights that are written.
 
-Formats 1 and 2 are read as well; their specification is in ``network.json``. Format 2 knows
-no skips and no stride, dilation and groups of `Conv`, whose defaults are to have none. Format 1
-knows no over-relaxation, tolerance, stragglers and limit of `Phases` either, and a `DeltaCode` with
-a schedule alone, all of whose numbers it holds.
+Formats 1 and 2 are read as well; their specification is in ``network.json``.
 """
-CHECKPOINT_FORMAT = 2
+_SINCE: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "Phases": {
+            "relaxation": 1.0,
+            "tolerance": None,
+            "stragglers": 0.0,
+            "free_more": 0,
+            "nudged_more": 0,
+            "limit": None,
+        },
+        "DeltaCode": {"levels": 3, "scale": 0.8, "shrink": 0.5},  # all were scheduled
+    },
+    3: {
+        "NetworkSpec": {
+            "skips": [],
+            "readout": None,
+            "output": None,
+            "normalization": {"type": "Normalization", "mean": [0.0], "std": [1.0]},
+        },
+        "Conv": {"stride": 1, "dilation": 1, "groups": 1},
+    },
+    4: {"Phases": {"precision": "float32"}},
+}
+"""Fields that came with a format, and what weights of before mean: not the defaults of today."""
+CHECKPOINT_FORMAT = 3
 """Version of the checkpoints that are written; another one is refused."""
 
 
@@ -61,11 +82,17 @@ def save_weights(
         >>> params, spec, phases = load_weights("my_network")  # doctest: +SKIP
     """
     check_params(spec, params)
-    folder = Path(folder)
-    described = {"format": WEIGHTS_FORMAT, "spec": to_json(spec), "phases": to_json(phases)}
+    folder = own_path("folder", folder)
+    precision = precision_of(params).name
+    described = {
+        "format": WEIGHTS_FORMAT,
+        "dtype": precision,
+        "spec": to_json(spec),
+        "phases": to_json(phases),
+    }
     make_folder("folder", folder)
     arrays: dict[str, Any] = {
-        f"{owner}.{name}": np.asarray(value)
+        f"{owner}.{name}": _plain(np.asarray(value))
         for owner, p in zip(_owners(spec), params, strict=True)
         for name, value in p.items()
     }
@@ -73,6 +100,29 @@ def save_weights(
     with replacing(folder / "weights.npz") as file:
         np.savez(file, **arrays)
     (folder / "network.json").unlink(missing_ok=True)  # of an earlier version: it is of no use now
+
+
+_BITS = {"bfloat16": np.uint16}
+"""Types that NumPy's files do not know: what their bits are written as."""
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    bits = _BITS.get(array.dtype.name)
+    return array if bits is None else array.view(bits)
+
+
+def _typed(array: np.ndarray, precision: str | None) -> jax.Array:
+    """An array as it was saved; `precision` is ``None`` where its own is what it was.
+
+    Raises:
+        ValueError: this session of JAX would round it.
+    """
+    if precision in _BITS:
+        array = array.view(jnp.dtype(precision))
+    array = array.astype(array.dtype.newbyteorder("="))  # written on another kind of machine
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise ValueError("float64, which JAX would round to float32; expected JAX_ENABLE_X64=1")
+    return jnp.asarray(array)
 
 
 def _owners(spec: NetworkSpec) -> list[str]:
@@ -96,7 +146,7 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
         ValueError: a file is unreadable, from a newer version, or does not fit the other one; or
             a type of the network cannot be imported.
     """
-    folder = Path(folder)
+    folder = own_path("folder", folder)
     weights, description = folder / "weights.npz", folder / "network.json"
     if not weights.is_file():
         raise _missing(folder, weights.name)
@@ -113,7 +163,8 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
         weights if record is not None else description, "the specification of a network"
     ):
         record = json.loads(description.read_text() if record is None else str(record))
-        _check_format(record, 1, 2, WEIGHTS_FORMAT)
+        _check_format(record, 1, 2, 3, WEIGHTS_FORMAT)
+        record = _completed(record, record["format"])
         spec, phases = from_json(record["spec"]), from_json(record["phases"])
         if not isinstance(spec, NetworkSpec) or not isinstance(phases, Phases):
             raise ValueError("no NetworkSpec and Phases")
@@ -123,11 +174,24 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[Params, NetworkSpec, P
         if arrays.keys() != names:
             raise ValueError(f"arrays {sorted(arrays)}; expected {sorted(names)}")
         params = tuple(
-            {name: jnp.asarray(arrays[f"{owner}.{name}"]) for name in p}
+            {name: _typed(arrays[f"{owner}.{name}"], record.get("dtype")) for name in p}
             for owner, p in zip(owners, wanted, strict=True)
         )
         check_params(spec, params)
     return params, spec, phases
+
+
+def _completed(record: Any, version: int) -> Any:
+    """A description of a format with the fields that came later."""
+    if isinstance(record, list):
+        return [_completed(value, version) for value in record]
+    if not isinstance(record, dict):
+        return record
+    found = {name: _completed(value, version) for name, value in record.items()}
+    for since, added in _SINCE.items():
+        if version < since:
+            found = added.get(str(found.get("type")), {}) | found
+    return found
 
 
 def _missing(folder: Path, name: str) -> FileNotFoundError:

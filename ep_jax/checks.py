@@ -24,6 +24,13 @@ def check_integer(name: str, value: Any, *, at_least: int) -> None:
         raise ValueError(f"{name} is {value}; expected an integer of at least {at_least}")
 
 
+def check_seed(name: str, value: Any) -> None:
+    """`value` is an integer of 32 bits: JAX drops what is beyond, so two seeds would be one."""
+    check_integer(name, value, at_least=0)
+    if value >= 2**32:
+        raise ValueError(f"{name} is {value}; expected an integer below 2^32")
+
+
 def check_number(
     name: str, value: Any, *, above: float = -math.inf, at_most: float = math.inf
 ) -> None:

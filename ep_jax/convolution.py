@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from ep_jax.maps import product
+
 Shape: TypeAlias = tuple[int, ...]
 
 WIDE = 64
@@ -65,7 +67,7 @@ def transpose(window: Window, shape: Shape, field: jax.Array, matrix: jax.Array)
         field,
         matrix,
         cpu=functools.partial(looped_transpose, window, shape),
-        default=functools.partial(transposed, window, shape, native),
+        default=functools.partial(native_transpose, window, shape),
     )
 
 
@@ -104,15 +106,31 @@ def _sides(window: Window, shape: Shape) -> tuple[int, int]:
 
 
 def native(window: Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
-    """One convolution, of arrays of two precisions in the higher one, as products are."""
+    """One convolution."""
     weights = matrix.reshape(window.size, window.size, packed.shape[-1], -1)
-    dtype = jnp.promote_types(packed.dtype, matrix.dtype)
+    return _convolution(packed, weights, window.pad)
+
+
+def native_transpose(
+    window: Window, shape: Shape, field: jax.Array, matrix: jax.Array
+) -> jax.Array:
+    """The transpose of `native`: one convolution by the kernel turned around."""
+    weights = matrix.reshape(window.size, window.size, shape[-1], -1)
+    before, after = (window.size - 1 - n for n in window.pad)
+    return _convolution(field, weights[::-1, ::-1].swapaxes(2, 3), (before, after))
+
+
+def _convolution(state: jax.Array, weights: jax.Array, pad: tuple[int, int]) -> jax.Array:
+    """A convolution of stride 1, in the precision that `ep_jax.maps.product` would have."""
+    rounded = weights.dtype == jnp.bfloat16
+    dtype = weights.dtype if rounded else jnp.promote_types(state.dtype, weights.dtype)
     return jax.lax.conv_general_dilated(
-        packed[None].astype(dtype),
+        state[None].astype(dtype),
         weights.astype(dtype),
         (1, 1),
-        (window.pad,) * 2,
+        (pad, pad),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.promote_types(state.dtype, jnp.float32) if rounded else dtype,
     )[0]
 
 
@@ -125,7 +143,7 @@ def unrolled(window: Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
     packed = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
     rows = jnp.concatenate([packed[:, j : j + width] for j in range(window.size)], axis=-1)
     parts = matrix.reshape(window.size, -1, matrix.shape[-1])
-    products = [rows[i : i + height] @ part for i, part in enumerate(parts)]
+    products = [product(rows[i : i + height], part) for i, part in enumerate(parts)]
     return functools.reduce(jnp.add, products)
 
 
@@ -153,11 +171,11 @@ def _parts(window: Window, channels: int, matrix: jax.Array, by_row: bool = Fals
 def looped(window: Window, packed: jax.Array, matrix: jax.Array) -> jax.Array:
     """One product for each part of the window, one after the other."""
     parts = _parts(window, packed.shape[-1], matrix)
-    product = _product(window, packed, parts.columns)
+    part_product = _part_product(window, packed, parts.columns)
     # The first product, not zeros: XLA would make those long before they are needed.
-    first = product(parts.corners[0], parts.matrices[0])
+    first = part_product(parts.corners[0], parts.matrices[0])
     return jax.lax.scan(
-        lambda total, part: (total + product(*part), None),
+        lambda total, part: (total + part_product(*part), None),
         first,
         (parts.corners[1:], parts.matrices[1:]),
     )[0]
@@ -169,10 +187,12 @@ def looped_rows(window: Window, packed: jax.Array, matrix: jax.Array) -> jax.Arr
     Its transpose fills the matrix part by part. The checkpoint makes it gather the rows again.
     """
     parts = _parts(window, packed.shape[-1], matrix, by_row=True)
-    product = jax.checkpoint(_product(window, packed, parts.columns))
+    part_product = jax.checkpoint(_part_product(window, packed, parts.columns))
     zero = jnp.zeros((*_sides(window, packed.shape), matrix.shape[-1]), packed.dtype)
     return jax.lax.scan(
-        lambda total, part: (total + product(*part), None), zero, (parts.corners, parts.matrices)
+        lambda total, part: (total + part_product(*part), None),
+        zero,
+        (parts.corners, parts.matrices),
     )[0]
 
 
@@ -184,22 +204,22 @@ def _apart(corner: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(corner)
 
 
-def _product(
+def _part_product(
     window: Window, packed: jax.Array, columns: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The function that multiplies one part, from a corner on, by its share of the matrix."""
     height, width = _sides(window, packed.shape)
     padded = jnp.pad(packed, (window.pad, window.pad, (0, 0)))
 
-    def product(corner: jax.Array, weights: jax.Array) -> jax.Array:
+    def part_product(corner: jax.Array, weights: jax.Array) -> jax.Array:
         corner = _apart(corner)
         rows = jax.lax.dynamic_slice(
             padded, (corner[0], corner[1], 0), (height, width + columns - 1, padded.shape[-1])
         )
         gathered = [rows[:, j : j + width] for j in range(columns)]
-        return jnp.concatenate(gathered, axis=-1) @ weights
+        return product(jnp.concatenate(gathered, axis=-1), weights)
 
-    return product
+    return part_product
 
 
 def looped_transpose(
@@ -213,8 +233,8 @@ def looped_transpose(
 
     def said(weights: jax.Array) -> list[jax.Array]:
         """What a part says to its place, column by column."""
-        product = (field @ weights.T).reshape(rows, columns, parts.columns, channels)
-        return [product[:, :, j] for j in range(parts.columns)]
+        back = product(field, weights.T).reshape(rows, columns, parts.columns, channels)
+        return [back[:, :, j] for j in range(parts.columns)]
 
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         corner, weights = _apart(part[0]), part[1]

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from ep_jax.checks import check_choice, check_integer, known
+from ep_jax.files import own_path
 from ep_jax.sources import LAYOUTS, Given, Source, find
 
 DATASETS = ("digits", *LAYOUTS)
@@ -286,22 +287,31 @@ def _stored(
 ) -> Given:
     source = find(name, LAYOUTS[name], data_dir)
     cache = _cache_path(name, source, cache_dir)
-    given = _read_cache(cache)
+    given = None if cache is None else _read_cache(cache)
     if given is None:
         given = source.read()
-        _write_cache(cache, given)
+        if cache is not None:
+            _write_cache(cache, given)
     return given
 
 
 # Cache
 
 
-def _cache_path(name: str, source: Source, cache_dir: str | os.PathLike[str] | None) -> Path:
-    folder = Path(cache_dir or os.environ.get("EP_JAX_CACHE") or "~/.cache/ep_jax").expanduser()
-    stats = [(str(file.resolve()), file.stat()) for file in source.files]
-    facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    key = hashlib.sha256(repr((_CACHE_LAYOUT, facts)).encode()).hexdigest()
-    return folder / f"{name}-{key[:16]}.npz"
+def _cache_path(name: str, source: Source, cache_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The cached arrays of files with this content; ``None`` where there is no home for them."""
+    named = cache_dir or os.environ.get("EP_JAX_CACHE")
+    try:
+        folder = own_path("cache_dir", named or "~/.cache/ep_jax")
+    except ValueError:
+        if named:
+            raise
+        return None
+    key = hashlib.sha256(repr((_CACHE_LAYOUT, [f.name for f in source.files])).encode())
+    for file in source.files:
+        with file.open("rb") as stream:
+            key.update(hashlib.file_digest(stream, "sha256").digest())
+    return folder / f"{name}-{key.hexdigest()[:16]}.npz"
 
 
 def _read_cache(file: Path) -> Given | None:

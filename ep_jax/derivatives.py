@@ -81,7 +81,7 @@ class EP:
             params: Params, xs: jax.Array, keys: Keys, free: Free, cotangents: jax.Array
         ) -> tuple[Params, jax.Array]:
             pulls, sizes = _normalized(cotangents)
-            points = ep.nudges(phases, len(xs), xs.dtype, keys.estimator)
+            points = ep.nudges(phases, xs.shape[0], xs.dtype, keys.estimator)
             found = ep.contrast(
                 spec, phases, free, points, lambda _, g: lambda s: g, pulls, keys.nudged
             )
@@ -120,8 +120,8 @@ class BPTT:
         self, params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases, keys: Keys
     ) -> Settled:
         """See `Derivative`."""
-        tracked = bptt.check_tracked(phases, self.tracked, self.remat)
-        prepared = network.prepare(params, spec)
+        tracked = bptt.check_tracked(spec, phases, self.tracked, self.remat)
+        prepared = network.prepare(params, spec, phases.precision)
         output, info = bptt.settled(prepared, spec, xs, phases, keys.free, tracked, self.remat)
         return Settled(output, mean_info(info))
 
@@ -158,8 +158,9 @@ class Implicit:
             params: Params, xs: jax.Array, keys: Keys, free: Free, cotangents: jax.Array
         ) -> tuple[Params, jax.Array]:
             del keys
+            free = free._replace(prepared=network.prepare(params, spec))  # see `implicit_gradient`
             v, _ = implicit.adjoints(spec, free, cotangents, self.tolerance, self.max_sweeps)
-            ones = jnp.ones(len(xs), xs.dtype)
+            ones = jnp.ones(xs.shape[0], xs.dtype)
             return jax.grad(implicit.pulled, (0, 2))(params, spec, xs, free.state, v, ones)
 
         return _settled_by(backward, params, spec, xs, phases, keys)
@@ -186,10 +187,11 @@ def _settled_by(
 
     def reverse(kept: Any, cotangent: Settled) -> tuple[Params, jax.Array, None]:
         params, xs, keys, state, swept = kept
-        prepared = network.prepare(params, spec)
-        drives = jax.vmap(lambda x: network.input_drive(spec, prepared, x))(xs)
-        free = Free(prepared, drives, state, swept)
-        return *backward(params, xs, keys, free, cotangent.output), None
+        with phases.products():  # this is traced later than what `equilibrium` does
+            prepared = network.prepare(params, spec, phases.precision)
+            drives = jax.vmap(lambda x: network.input_drive(spec, prepared, x))(xs)
+            free = Free(prepared, drives, state, swept)
+            return *backward(params, xs, keys, free, cotangent.output), None
 
     settled = jax.custom_vjp(lambda *args: forward(*args)[0])
     settled.defvjp(forward, reverse)
@@ -273,7 +275,8 @@ def equilibrium(
         raise TypeError(f"derivative is {derivative!r}; expected ep_jax.EP(), ep_jax.BPTT() or "
                         "ep_jax.Implicit()")  # fmt: skip
     check_choice("info", info, (True, False))
-    found = derivative.settle(params, spec, xs, phases, keys_of(spec, key, len(xs)))
+    with phases.products():
+        found = derivative.settle(params, spec, xs, phases, keys_of(spec, key, xs.shape[0]))
     # The last layer's packed state is its logical one: no layer above reads it.
     if info:
         return found.output, jax.lax.stop_gradient(found.info)

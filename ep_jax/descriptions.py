@@ -70,8 +70,8 @@ def from_json(value: Any) -> Any:
     """The inverse of `to_json`.
 
     Raises:
-        ValueError: an unknown record or field, a value that the record refuses, or a type that
-            cannot be imported.
+        ValueError: an unknown record, a field that is missing or unknown (a default of today is not
+            what was meant), a value that the record refuses, or a type that cannot be imported.
     """
     if isinstance(value, list):
         return tuple(from_json(v) for v in value)
@@ -89,6 +89,12 @@ def from_json(value: Any) -> Any:
     else:
         raise ValueError(f"type is {kind!r}; expected one of {', '.join(RECORDS)}, or "
                          "'module:name'")  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(record) if field.init}
+    given = value.keys() - {"type"}
+    for names, what in ((fields - given, "lacks"), (given - fields, "has the unknown")):
+        if names:
+            raise ValueError(f"{kind} {what} {', '.join(sorted(names))}; expected its fields "
+                             f"{', '.join(sorted(fields))}")  # fmt: skip
     try:
         return record(**{k: from_json(v) for k, v in value.items() if k != "type"})
     except TypeError as error:

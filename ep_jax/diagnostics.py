@@ -10,10 +10,11 @@ All functions are pure and can be jitted with ``spec`` and ``phases`` static, ex
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,20 @@ from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
 from ep_jax.phases import Phases, optimal_relaxation
 from ep_jax.relaxation import Snapshot
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _with_full_products(function: Callable[P, R]) -> Callable[P, R]:
+    """What is measured is exact, whatever the precision of products that a machine prefers."""
+
+    @functools.wraps(function)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.default_matmul_precision("float32"):
+            return function(*args, **kwargs)
+
+    return exact
 
 
 def rate_twin(spec: NetworkSpec) -> NetworkSpec:
@@ -263,6 +278,7 @@ def gdu(
     return GDU(ep_state, bptt_state, ep_params, bptt_params)
 
 
+@_with_full_products
 def _bptt_by_sweep(
     params: Params, spec: NetworkSpec, xs: jax.Array, ys: jax.Array, state: State, sweeps: int
 ) -> tuple[Params, State]:
@@ -341,6 +357,7 @@ class StateDistance(NamedTuple):
     info: PhaseInfo
 
 
+@_with_full_products
 def distance_to_rate(
     params: Params,
     spec: NetworkSpec,
@@ -423,6 +440,7 @@ def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) 
     return float(sum(float(s) * n for s, n in zip(spikes, reached, strict=True)))
 
 
+@_with_full_products
 def spectral_radius(
     params: Params, spec: NetworkSpec, x: jax.Array, state: State, iterations: int = 100
 ) -> jax.Array:
@@ -498,6 +516,7 @@ class Contractivity(NamedTuple):
     residual: jax.Array
 
 
+@_with_full_products
 def contractivity(
     params: Params,
     spec: NetworkSpec,
@@ -611,6 +630,7 @@ def recurrence(
     return Recurrence(found.share, cut, mean, other)
 
 
+@_with_full_products
 def feedback_answers(
     params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases = SETTLED
 ) -> FeedbackAnswers:
@@ -646,7 +666,7 @@ def feedback_answers(
 
     def answers(state: State) -> jax.Array:
         outputs = jax.vmap(lambda s: network.read_out(twin, prepared, s))(state[-1])
-        return outputs.reshape(len(outputs), -1).argmax(-1)
+        return network.classify(outputs.reshape(len(outputs), -1))
 
     forward = under(nothing)
     share = [
@@ -742,6 +762,7 @@ class SweepsNeeded(NamedTuple):
     rest: State
 
 
+@_with_full_products
 def sweeps_needed(
     params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases, tolerance: float = 1e-3
 ) -> SweepsNeeded:

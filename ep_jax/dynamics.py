@@ -219,7 +219,7 @@ def settle_batch(
         return settle(spec, phases, coordinates_of(*data), key)
 
     found = jax.vmap(first)(keys, *examples)
-    batch = len(found.info.residual)
+    batch = found.info.residual.shape[0]
     if not phases.stragglers or not phases.more(nudged):
         return found
     _, slow = jax.lax.top_k(found.info.residual, phases.straggling(batch))
@@ -280,10 +280,11 @@ def free_phase(
     """
     network.check_example(spec, params, x, start)
     check_phases(spec, phases, key)
-    prepared = network.prepare(params, spec)
-    drives = network.input_drive(spec, prepared, x)
-    packed = None if start is None else network.pack(spec, tuple(start))
-    found = settle(spec, phases, Absolute(spec, prepared, drives, packed), key, trace)
+    with phases.products():
+        prepared = network.prepare(params, spec, phases.precision)
+        drives = network.input_drive(spec, prepared, x)
+        packed = None if start is None else network.pack(spec, tuple(start))
+        found = settle(spec, phases, Absolute(spec, prepared, drives, packed), key, trace)
     return network.unpack(spec, found.state), found.info
 
 
@@ -335,21 +336,23 @@ def nudged_phase(
     x = network.as_precise_as(jax.tree.leaves(params)[0], x)
     check_nudge(spec, phases, beta, x.dtype)
     target = network.targets(spec, y, x.dtype)
-    prepared = network.prepare(params, spec)
-    drives = network.input_drive(spec, prepared, x)
-    packed = network.pack(spec, tuple(state))
-    nudge = Nudge(beta, lambda s: network.cost_gradient(spec, prepared, s, target))
-    if phases.coordinates == "absolute":
-        coordinates = Absolute(spec, prepared, drives, packed, nudge)
-        found = settle(spec, phases, coordinates, key, trace)
-        return network.unpack(spec, found.state), found.info
-    base = base_of(spec, prepared, Absolute(spec, prepared, drives, packed).swept(packed))
-    found = settle(spec, phases, Displacement(spec, prepared, base, nudge), key, trace)
+    with phases.products():
+        prepared = network.prepare(params, spec, phases.precision)
+        drives = network.input_drive(spec, prepared, x)
+        packed = network.pack(spec, tuple(state))
+        nudge = Nudge(beta, lambda s: network.cost_gradient(spec, prepared, s, target))
+        if phases.coordinates == "absolute":
+            coordinates = Absolute(spec, prepared, drives, packed, nudge)
+            found = settle(spec, phases, coordinates, key, trace)
+            return network.unpack(spec, found.state), found.info
+        rest = Absolute(spec, prepared, drives, packed)
+        base = base_of(spec, prepared, rest.swept(packed))
+        found = settle(spec, phases, Displacement(spec, prepared, base, nudge), key, trace)
     return network.unpack(spec, displaced_state(spec, base, found.state, beta)), found.info
 
 
 def check_inputs(spec: NetworkSpec, xs: jax.Array) -> None:
     """Raise where a batch of inputs does not fit `spec`."""
     check_float_array("xs", xs, ("batch", *spec.input_shape))
-    if not len(xs):
+    if xs.shape[0] == 0:
         raise ValueError("xs holds no example; expected at least one")

@@ -235,12 +235,12 @@ class Dense(Layer):
 
     def drive(self, prepared: jax.Array, s: jax.Array) -> jax.Array:
         """See `Layer`."""
-        return s @ prepared
+        return maps.product(s, prepared)
 
     def pull(self, prepared: jax.Array, here: jax.Array, field: jax.Array) -> jax.Array:
         """See `Layer`."""
         del here
-        return field @ prepared.T
+        return maps.product(field, prepared.T)
 
     def connections(self, below: Shape) -> int:
         """See `Layer`.

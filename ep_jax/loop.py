@@ -13,7 +13,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -31,7 +33,7 @@ from ep_jax.gradients import GRADIENTS
 from ep_jax.network import NetworkSpec
 from ep_jax.optimizers import make_optimizer
 from ep_jax.presets import Config, spec_of
-from ep_jax.training import Augmentation, StepMetrics, TrainState
+from ep_jax.training import StepMetrics, TrainState
 
 Record: TypeAlias = dict[str, Any]
 """What an epoch measured: a line of ``metrics.jsonl``."""
@@ -68,9 +70,7 @@ class Training:
     def __init__(self, config: Config, data: Dataset) -> None:
         check_dataset(data)
         shape = data.train_images.shape[1:]
-        if config.augmentation != Augmentation() and len(shape) != 3:
-            raise ValueError(f"augmentation is {config.augmentation} for examples of shape "
-                             f"{shape}; expected none, or images (H, W, C)")  # fmt: skip
+        config.augmentation.check(shape)
         if config.train_images is not None:
             if config.train_images > len(data.train_images):
                 raise ValueError(f"train_images is {config.train_images}; expected at most the "
@@ -84,19 +84,19 @@ class Training:
         self.compile_seconds = 0.0
         self._place = placements(config.devices)
         plan = self.dispatches(0)
+        self._shape = plan.shape[1:]
         self._optimizer = optimizer_of(config, self.spec, config.epochs * plan[..., 0].size)
         self._init_key, step_key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
         self._given = (data.train_images, data.train_labels, step_key)
+        steps = training.make_train_steps(
+            self.spec,
+            config.phases,
+            self._optimizer,
+            augmentation=config.augmentation,
+            gradient=functools.partial(GRADIENTS[config.gradient], microbatch=config.microbatch),
+        )
         self._run: Any = jax.jit(
-            training.make_train_steps(
-                self.spec,
-                config.phases,
-                self._optimizer,
-                augmentation=config.augmentation,
-                gradient=GRADIENTS[config.gradient],
-            ),
-            donate_argnums=0,
-            out_shardings=self._place.everywhere,
+            _first(steps), donate_argnums=0, out_shardings=self._place.everywhere
         )
 
     def start(self) -> TrainState:
@@ -111,7 +111,7 @@ class Training:
         images, labels, key = self._given
         batches = jax.device_put(self.dispatches(0)[0], self._place.batches)
         began = time.perf_counter()
-        self._run = self._run.lower(state, images, labels, batches, key).compile()
+        self._run = self._run.lower(state, images, labels, batches, key, np.int32(0)).compile()
         self.compile_seconds = time.perf_counter() - began
         return state
 
@@ -123,11 +123,16 @@ class Training:
         )
 
     def steps(self, state: TrainState, batches: np.ndarray) -> tuple[TrainState, StepMetrics]:
-        """The steps of one dispatch; their metrics, stacked, on the host. `state` is used up."""
+        """The steps of one dispatch; their metrics, stacked, on the host. `state` is used up.
+
+        A part of a dispatch's batches is taken as well, and compiles nothing anew.
+        """
         images, labels, key = self._given
-        placed = jax.device_put(batches, self._place.batches)
-        state, metrics = self._run(state, images, labels, placed, key)
-        return state, jax.device_get(metrics)
+        count = len(batches)
+        padded = np.resize(batches, self._shape)  # with steps that are not made
+        placed = jax.device_put(padded, self._place.batches)
+        state, metrics = self._run(state, images, labels, placed, key, np.int32(count))
+        return state, jax.tree.map(lambda values: values[:count], jax.device_get(metrics))
 
     def validation_error(self, state: TrainState) -> float | None:
         """In per cent; ``None`` without validation images."""
@@ -170,31 +175,60 @@ def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.Gradien
     )
 
 
+def _first(steps: Callable[..., tuple[TrainState, StepMetrics]]) -> Callable[..., Any]:
+    """`steps` for the first `count` of its batches, a number that is known when it runs."""
+
+    def run(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        batches: jax.Array,
+        key: jax.Array,
+        count: jax.Array,
+    ) -> tuple[TrainState, StepMetrics]:
+        def step(i: jax.Array, carry: tuple[TrainState, StepMetrics]) -> Any:
+            state, seen = carry
+            state, metrics = steps(state, images, labels, batches[i][None], key)
+            return state, jax.tree.map(lambda all, one: all.at[i].set(one[0]), seen, metrics)
+
+        _, seen = jax.eval_shape(steps, state, images, labels, batches, key)
+        blank = jax.tree.map(lambda all: jnp.zeros(all.shape, all.dtype), seen)
+        return jax.lax.fori_loop(0, count, step, (state, blank))
+
+    return run
+
+
+def records_of(metrics: StepMetrics, spec: NetworkSpec) -> list[Record]:
+    """The metrics of each step, by the names that they have in ``metrics.jsonl``."""
+    steps = range(len(metrics.loss))
+    return [record_of(jax.tree.map(lambda v, i=i: v[i], metrics), spec) for i in steps]
+
+
 def record_of(metrics: StepMetrics, spec: NetworkSpec) -> Record:
-    """The means of a dispatch's metrics, by the names that they have in ``metrics.jsonl``."""
-    mean = jax.tree.map(lambda values: float(values.mean()), metrics)
+    """The metrics of a step, by the names that they have in ``metrics.jsonl``."""
+    step = jax.tree.map(float, metrics)
     record = {
-        "loss": mean.loss,
-        "error": mean.error,
-        **_settled(mean.free, ""),
-        "moving": mean.free.moving,
-        "spikes_free": spikes_per_neuron(spec, mean.free.spikes),
+        "loss": step.loss,
+        "error": step.error,
+        **_settled(step.free, ""),
+        "moving": step.free.moving,
+        "spikes_free": spikes_per_neuron(spec, step.free.spikes),
         "spikes_nudged": 0.0,
-        "spikes_free_per_layer": list(mean.free.spikes),
-        "activity": list(mean.free.activity),
-        "gradient_norm": list(mean.gradient_norm),
-        "params_norm": list(mean.params_norm),
+        "spikes_free_per_layer": list(step.free.spikes),
+        "activity": list(step.free.activity),
+        "gradient_norm": list(step.gradient_norm),
+        "params_norm": list(step.params_norm),
     }
-    if mean.nudged is not None:
-        record |= _settled(mean.nudged, "_nudged")
-        record["activity_nudged"] = list(mean.nudged.activity)
-        record["spikes_nudged"] = spikes_per_neuron(spec, mean.nudged.spikes)
-        record["spikes_nudged_per_layer"] = list(mean.nudged.spikes)
-    if mean.limited is not None:
-        record["limited"] = mean.limited
-    if mean.links is not None:
-        record["link_norms"] = list(mean.links.norms)
-        record["links_capped"] = mean.links.capped
+    if step.nudged is not None:
+        record |= _settled(step.nudged, "_nudged")
+        record["activity_nudged"] = list(step.nudged.activity)
+        record["spikes_nudged"] = spikes_per_neuron(spec, step.nudged.spikes)
+        record["spikes_nudged_per_layer"] = list(step.nudged.spikes)
+    if step.limited is not None:
+        record["limited"] = step.limited
+    if step.links is not None:
+        record["link_norms"] = list(step.links.norms)
+        record["links_capped"] = step.links.capped
     return record
 
 

@@ -11,10 +11,26 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Shape: TypeAlias = tuple[int, ...]
 Function: TypeAlias = Callable[[jax.Array], jax.Array]
 Unit: TypeAlias = jax.Array | float
+
+
+def product(s: jax.Array, matrix: jax.Array) -> jax.Array:
+    """``s @ matrix``, in the precision of `s`.
+
+    A matrix of bfloat16 rounds what it multiplies as well; the sum is made in float32.
+
+    Example:
+        >>> product(jnp.array([1.001, 1.0]), jnp.ones((2, 1), jnp.bfloat16)).tolist()
+        [2.0]
+    """
+    if matrix.dtype != jnp.bfloat16:
+        return s @ matrix
+    rounded = s.astype(jnp.bfloat16)
+    return jnp.matmul(rounded, matrix, preferred_element_type=jnp.float32).astype(s.dtype)
 
 
 def pull(f: Function, linear: bool, here: jax.Array, field: jax.Array) -> jax.Array:

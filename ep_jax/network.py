@@ -188,9 +188,12 @@ class NetworkSpec:
         for skip in self.skips:
             if not isinstance(skip, Skip):
                 raise TypeError(f"skips holds {skip!r}; expected ep_jax.Skip")
-        if not isinstance(self.neuron, Neuron):
-            raise TypeError(f"neuron is {self.neuron!r}; expected a neuron model such as "
+        if isinstance(self.neuron, type) or not isinstance(self.neuron, Neuron):
+            missing = _missing_methods(self.neuron)
+            lacks = f" without {', '.join(missing)}" if missing else ""
+            raise TypeError(f"neuron is {self.neuron!r}{lacks}; expected a neuron model such as "
                             "ep_jax.Rate() or ep_jax.DeltaCode()")  # fmt: skip
+        check_choice("neuron.activation", self.neuron.activation, ACTIVATIONS)
         if not callable(self.cost):
             check_choice("cost", self.cost, COSTS)
         check_number("feedback", self.feedback, above=0.0, at_most=1.0)
@@ -201,6 +204,13 @@ class NetworkSpec:
             raise TypeError(f"normalization is {self.normalization!r}; expected "
                             "ep_jax.Normalization")  # fmt: skip
         self.normalization.check(self.input_shape)
+        parts = {"neuron": self.neuron, "cost": self.cost, "layers": self.layers}
+        for name, part in (parts | {"skips": self.skips}).items():
+            try:
+                hash(part)
+            except TypeError as error:
+                raise TypeError(f"{name} is {part!r}, which has no hash, so it cannot be static "
+                                "under jit; expected frozen dataclasses") from error  # fmt: skip
         if not self.depth:
             raise ValueError("layers holds one layer; expected two or more with a read-out (that of"
                              " cost='cross_entropy'), which has no state")  # fmt: skip
@@ -279,6 +289,12 @@ class NetworkSpec:
         if layer == self.depth - 1:
             name = self.output or (name if self.has_readout else "linear")
         return ACTIVATIONS[name]
+
+
+def _missing_methods(neuron: Any) -> list[str]:
+    """What an object that is to be a neuron model has not."""
+    names = ("activation", "readout", "signal", "start", "step", "stochastic")
+    return [] if isinstance(neuron, type) else [n for n in names if not hasattr(neuron, n)]
 
 
 def init_params(
@@ -376,12 +392,20 @@ class Prepared(NamedTuple):
     readout: LayerParams | None
 
 
-def prepare(params: Params, spec: NetworkSpec) -> Prepared:
-    """The parameters in prepared form."""
+def prepare(params: Params, spec: NetworkSpec, precision: str = "float32") -> Prepared:
+    """The parameters in prepared form; a `precision` of bfloat16 rounds the links between layers.
+
+    What the input says is no part of a sweep, so it is computed in full.
+    """
     maps = tuple(
         edge.layer.prepare(params[edge.params_index], spec.shapes[edge.source + 1])
         for edge in spec.edges
     )
+    if precision == "bfloat16":
+        maps = tuple(
+            map_ if edge.source < 0 else jax.tree.map(lambda a: a.astype(jnp.bfloat16), map_)
+            for edge, map_ in zip(spec.edges, maps, strict=True)
+        )
     biases = tuple(spec.layers[l].bias(params[l], spec.shapes[l]) for l in range(spec.depth))
     readout = params[spec.depth] if spec.has_readout else None
     return Prepared(maps, pack(spec, biases), readout)
@@ -642,6 +666,18 @@ def read_out(spec: NetworkSpec, prepared: Prepared, last: jax.Array) -> jax.Arra
     return layer.drive(maps, layer.pack(below, last)) + layer.bias(prepared.readout, below)
 
 
+def classify(answers: jax.Array) -> jax.Array:
+    """The class that each of some answers ``[..., classes]`` names: that of its largest entry.
+
+    An answer that holds something that is not a number names none: -1, which is no label.
+
+    Example:
+        >>> classify(jnp.array([[0.1, 0.9], [jnp.nan, 0.2]])).tolist()
+        [1, -1]
+    """
+    return jnp.where(jnp.isnan(answers).any(-1), -1, answers.argmax(-1))
+
+
 def cost_of(spec: NetworkSpec, prepared: Prepared, last: jax.Array, y: jax.Array) -> jax.Array:
     """``C`` of one example at the last layer's state; `y` is a target of the answer's shape."""
     cost = COSTS[spec.cost] if isinstance(spec.cost, str) else spec.cost
@@ -659,7 +695,8 @@ def targets(spec: NetworkSpec, y: Any, dtype: Any, batch: tuple[int, ...] = ()) 
     """Targets of the answer's shape, from such targets or from integer labels ``[*batch]``.
 
     Raises:
-        ValueError, TypeError: wrong shape, or a label outside ``0 .. classes - 1``.
+        ValueError, TypeError: wrong shape, or a label outside ``0 .. classes - 1``. Inside ``jit``
+            the cost of such a label, and the gradient, are not a number.
     """
     name, shape = "ys" if batch else "y", spec.output_shape
     y = np.asarray(y) if isinstance(y, int | list | tuple) else y
@@ -682,4 +719,6 @@ def targets(spec: NetworkSpec, y: Any, dtype: Any, batch: tuple[int, ...] = ()) 
         if wrong.size:
             raise ValueError(f"{name} holds the label {wrong.flat[0]}; expected labels in "
                              f"0 .. {classes - 1}")  # fmt: skip
-    return jax.nn.one_hot(y, classes, dtype=dtype)
+    hot = jax.nn.one_hot(y, classes, dtype=dtype)
+    # Inside jit nobody can raise: what a label out of range teaches is not a number.
+    return jnp.where(((y >= 0) & (y < classes))[..., None], hot, jnp.nan)

@@ -101,6 +101,13 @@ def _check_decay(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value}; expected a number below 1")
 
 
+def check_warmup(warmup: float) -> None:
+    """Raise unless something of the training is left after the warm-up."""
+    check_non_negative("warmup", warmup, at_most=1.0)
+    if warmup == 1.0:
+        raise ValueError("warmup is 1.0; expected less than 1: the rate decays after it")
+
+
 def make_optimizer(
     spec: NetworkSpec,
     settings: Settings,
@@ -139,7 +146,7 @@ def make_optimizer(
     check_number("learning_rate", learning_rate, above=0.0)
     check_integer("steps", steps, at_least=1)
     check_non_negative("weight_decay", weight_decay)
-    check_non_negative("warmup", warmup, at_most=1.0)
+    check_warmup(warmup)
     check_non_negative("shrink", shrink)
     depth = len(spec.layers)
     for name, values in (("layer_rates", layer_rates), ("layer_decays", layer_decays)):
@@ -147,7 +154,7 @@ def make_optimizer(
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else learning_rate,
         peak_value=learning_rate,
-        warmup_steps=round(warmup * steps),
+        warmup_steps=min(round(warmup * steps), steps - 1),
         decay_steps=steps,
     )
     owners = _owners(spec)

@@ -20,10 +20,12 @@ with ``rho`` the spectral radius of the synchronous relaxation, a sweep shrinks 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ep_jax.checks import check_choice, check_integer, check_number, known
@@ -33,6 +35,7 @@ ESTIMATORS = ("one_sided", "random_sign", "symmetric", "holomorphic")
 SWEEPS = ("synchronous", "alternating", "ordered")
 COORDINATES = ("absolute", "displacement")
 SIGNALS = ("full", "bfloat16")
+PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Phases:
             and in units of the batch's median; what is beyond is scaled down. An example whose
             relaxation is nearly critical has a huge gradient, which would outweigh all others.
             ``None``: no limit. In displacement coordinates only.
+        precision: of the products: ``"float32"`` (that of the states, whatever it is),
+            ``"tensorfloat32"`` (10 bits of mantissa on GPUs that have it, and float32 elsewhere),
+            or ``"bfloat16"``: links and signals are rounded to 8 significant bits in both phases.
+            States and sums keep their precision. A machine never chooses it.
 
     Example:
         >>> Phases(free=12, nudged=8, sweep="alternating").coordinates
@@ -86,6 +93,7 @@ class Phases:
     free_more: int = 0
     nudged_more: int = 0
     limit: float | None = None
+    precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         check_integer("Phases.free", self.free, at_least=1)
@@ -99,6 +107,10 @@ class Phases:
         if self.estimator == "holomorphic" and self.nudged_signals != "full":
             raise ValueError(f"Phases.nudged_signals is {self.nudged_signals!r}; expected 'full' "
                              "with estimator='holomorphic', whose signals are complex")  # fmt: skip
+        check_choice("Phases.precision", self.precision, PRECISIONS)
+        if self.estimator == "holomorphic" and self.precision == "bfloat16":
+            raise ValueError("Phases.precision is 'bfloat16'; expected another one with "
+                             "estimator='holomorphic', whose signals are complex")  # fmt: skip
         check_number("Phases.relaxation", self.relaxation, above=0.0)
         if self.relaxation >= 2.0:
             raise ValueError(f"Phases.relaxation is {self.relaxation}; expected a number below 2, "
@@ -129,6 +141,11 @@ class Phases:
                 raise ValueError(f"Phases.limit is {self.limit} with coordinates="
                                  f"{self.coordinates!r}; expected 'displacement'")  # fmt: skip
 
+    def products(self) -> AbstractContextManager[Any]:
+        """Where programs are traced: their products have the precision of these phases."""
+        exact = self.precision != "tensorfloat32"
+        return jax.default_matmul_precision("float32" if exact else "tensorfloat32")
+
     def sweeps(self, nudged: bool) -> int:
         """Sweeps of every example in a phase."""
         return self.nudged if nudged else self.free
@@ -156,7 +173,14 @@ class Phases:
         )
 
     def straggling(self, batch: int) -> int:
-        """How many examples of a batch go on."""
+        """How many examples of a batch go on.
+
+        Raises:
+            ValueError: the batch's size is symbolic.
+        """
+        if self.stragglers and not isinstance(batch, int):
+            raise ValueError(f"stragglers is {self.stragglers} in a batch of the symbolic size "
+                             f"{batch}; expected 0, or a size that is known")  # fmt: skip
         return math.ceil(self.stragglers * batch)
 
 
@@ -209,12 +233,14 @@ def check_nudge(spec: NetworkSpec, phases: Phases, beta: Any, dtype: Any) -> Non
     if phases.coordinates != "absolute" or not known(beta):
         return
     reaches = abs(float(abs(np.asarray(beta)))) * spec.weight_of(0)
-    rounding = float(np.finfo(dtype).eps)
+    rounded = phases.precision == "bfloat16"
+    rounding = float(jnp.finfo(jnp.bfloat16 if rounded else dtype).eps)
     if reaches < ROUNDING * rounding:
         raise ValueError(
             f"beta is {beta} and feedback {spec.feedback}: a nudge of beta * feedback^(L - 1) = "
             f"{reaches:.1e} reaches the lowest of {spec.depth} layers, where a state of {dtype} "
-            f"rounds at {rounding:.1e}; expected at least {ROUNDING} times that, or "
+            f"rounds at {rounding:.1e}{' in products of bfloat16' if rounded else ''}; expected at "
+            f"least {ROUNDING} times that, or "
             "coordinates='displacement', which are exact at any strength"
         )
 

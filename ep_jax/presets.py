@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
+from ep_jax.checks import (
+    check_choice,
+    check_integer,
+    check_non_negative,
+    check_number,
+    check_seed,
+)
 from ep_jax.conv import Conv
 from ep_jax.costs import COSTS
 from ep_jax.data import DATASETS
@@ -18,7 +24,7 @@ from ep_jax.gradients import GRADIENTS
 from ep_jax.layers import Dense, Layer
 from ep_jax.network import NetworkSpec, Normalization
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta
-from ep_jax.optimizers import SGD, AdamW, Muon, Settings, check_layer_factors
+from ep_jax.optimizers import SGD, AdamW, Muon, Settings, check_layer_factors, check_warmup
 from ep_jax.phases import Phases
 from ep_jax.training import Augmentation
 
@@ -75,6 +81,8 @@ class Config:
     """Passes over the training images; the schedule spans them."""
     batch: int = 64
     """Images in a step."""
+    microbatch: int | None = None
+    """Settle a batch in parts of so many images, one after the other; by default all at once."""
     steps_per_dispatch: int = 100
     """Most optimisation steps in one call of the device."""
     devices: int = 1
@@ -150,12 +158,18 @@ class Config:
             raise TypeError(f"optimizer is {self.optimizer!r}; expected AdamW, Muon or SGD of "
                             "ep_jax.optimizers, or a name")  # fmt: skip
         check_choice("pool", self.pool, ("avg", "max", "none"))
-        check_integer("seed", self.seed, at_least=0)
+        check_seed("seed", self.seed)
         for name in ("epochs", "batch", "steps_per_dispatch", "devices"):
             check_integer(name, getattr(self, name), at_least=1)
         if self.batch % self.devices:
             raise ValueError(f"devices is {self.devices}; expected a divisor of the batch, which "
                              f"is {self.batch}")  # fmt: skip
+        if self.microbatch is not None:
+            check_integer("microbatch", self.microbatch, at_least=1)
+            if self.batch % self.microbatch or self.microbatch % self.devices:
+                raise ValueError(f"microbatch is {self.microbatch}; expected a divisor of the batch"
+                                 f", which is {self.batch}, and a multiple of devices, which is "
+                                 f"{self.devices}")  # fmt: skip
         if self.train_images is not None:
             check_integer("train_images", self.train_images, at_least=1)
         check_number("feedback", self.feedback, above=0.0, at_most=1.0)
@@ -164,7 +178,7 @@ class Config:
         if self.cap is not None:
             check_number("cap", self.cap, above=0.0)
         check_non_negative("weight_decay", self.weight_decay)
-        check_non_negative("warmup", self.warmup, at_most=1.0)
+        check_warmup(self.warmup)
         check_non_negative("shrink", self.shrink)
         if len(self.channels) != len(self.kernels):
             raise ValueError(f"kernels is {self.kernels}; expected one kernel for each of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -11,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from ep_jax.loop import Record
 from ep_jax.network import NetworkSpec
@@ -19,16 +21,32 @@ from ep_jax.presets import Config
 Report: TypeAlias = Callable[[int, int, str], None]
 
 
+class RunConsole(Console):
+    """A console that a run outlives: where its reader goes away, the run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        """Instead of ending the program."""
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # what is still in a buffer has no reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a text as it is: names that users gave may look like markup."""
+    console.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def progress(console: Console, epochs: int, dispatches: int) -> Iterator[Report]:
-    """A progress bar on a terminal; elsewhere a line a quarter of an epoch, fit for a log file."""
-    if not console.is_terminal:
+    """A progress bar on a terminal; elsewhere a line a quarter of an epoch, fit for a log file.
+
+    A file that is told to show colours (FORCE_COLOR) is no terminal: nothing there can be erased.
+    """
+    if not (console.is_terminal and console.file.isatty()):
 
         def line(epoch: int, done: int, text: str) -> None:
             if done * 4 // dispatches > (done - 1) * 4 // dispatches:
-                console.print(
-                    f"epoch {epoch}/{epochs}  {done}/{dispatches}  {text}", soft_wrap=True
-                )
+                say(console, f"epoch {epoch}/{epochs}  {done}/{dispatches}  {text}")
 
         yield line
         return
@@ -45,7 +63,7 @@ def progress(console: Console, epochs: int, dispatches: int) -> Iterator[Report]
             completed = (epoch - 1) * dispatches + done
             bar.update(task, completed=completed, description=text, epoch=f"{epoch}/{epochs}")
             if done == dispatches:  # the bar forgets, and may be too narrow for all of it
-                console.print(f"epoch {epoch}/{epochs}  {text}", soft_wrap=True)
+                say(console, f"epoch {epoch}/{epochs}  {text}")
 
         yield move
 
@@ -86,7 +104,8 @@ def summary(config: Config, dataset: str, spec: NetworkSpec, result: Record, out
     validation = result["val_error"][-1]
     spikes = " ".join(f"{s:.2f}" for s in result["spikes_per_neuron"])
     method = _METHODS[config.gradient]
-    table = Table(title=f"{dataset}: {type(config.neuron).__name__}, {method}", min_width=60)
+    title = Text(f"{dataset}: {type(config.neuron).__name__}, {method}")
+    table = Table(title=title, min_width=60)
     table.add_column("")
     table.add_column("result", justify="right")
     table.add_row("test error", f"{result['test_error']:.2f} %")
@@ -110,5 +129,5 @@ def summary(config: Config, dataset: str, spec: NetworkSpec, result: Record, out
     table.add_row("sweeps", f"{config.phases.free} free{nudged}")
     table.add_row("layers", " - ".join(str(s) for s in map(np.prod, spec.state_shapes)))
     table.add_row("seconds an epoch", f"{result['seconds_per_epoch']:.1f}")
-    table.add_row("written to", str(out))
+    table.add_row("written to", Text(str(out)))
     return table

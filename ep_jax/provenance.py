@@ -34,7 +34,10 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout this package lies in, marked where it has uncommitted changes."""
+    """The commit of the checkout this package lies in, marked where it has uncommitted changes.
+
+    Installed into an environment that lies in another project's checkout, it is of no commit.
+    """
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -42,6 +45,9 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
+            return "unknown"
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

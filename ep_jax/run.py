@@ -14,7 +14,9 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,29 @@ from rich.console import Console
 
 from ep_jax import health, plots
 from ep_jax.checkpoint import Checkpoints, save_weights
+from ep_jax.claims import claimed
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
 from ep_jax.evaluation import evaluate
-from ep_jax.files import make_folder, write_atomically, write_json
-from ep_jax.loop import Record, Training, mean_record, record_of
+from ep_jax.files import (
+    check_plain,
+    check_unused,
+    fingerprint,
+    make_folder,
+    own_path,
+    write_atomically,
+    write_json,
+)
+from ep_jax.loop import Record, Training, mean_record, records_of
 from ep_jax.network import Params
 from ep_jax.presets import Config
-from ep_jax.progress import describe, progress, summary
+from ep_jax.progress import RunConsole, describe, progress, say, summary
 from ep_jax.provenance import provenance
 from ep_jax.training import TrainState
+
+HEED_WITHIN = 10.0
+"""Seconds after which signals are looked at, or one step: schedulers kill half a minute after the
+first one, and the checkpoint takes its time."""
 
 
 class StoppedError(Exception):
@@ -75,7 +90,8 @@ def train(
         The result, as in ``result.json``.
 
     Raises:
-        FileExistsError: `out` holds a run, and `resume` is not asked for.
+        FileExistsError: `out` holds a run, and `resume` is not asked for; or another process is
+            writing into it.
         ValueError: the configuration does not fit the data, or `out` holds another run's
             checkpoint.
         OSError: a file cannot be written; the last checkpoint stays.
@@ -83,83 +99,127 @@ def train(
             result is written.
         StoppedError: SIGTERM or Ctrl-C came. Where the run was, it can go on with `resume`.
     """
-    out, console = Path(out), console or Console()
-    if not resume and ((out / "metrics.jsonl").exists() or (out / "checkpoints").exists()):
-        raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, or "
-                              "--resume to go on with that run")  # fmt: skip
+    out, console = own_path("out", out), console or RunConsole()
+    if not resume:
+        if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
+            raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, "
+                                  "or --resume to go on with that run")  # fmt: skip
+        check_unused("out", out, "weights.npz", "result.json")
+    check_plain("out", out)
+    make_folder("out", out)
+    with claimed("out", out):
+        return _train(config, out, data, resume, on_epoch, console)
+
+
+def _train(
+    config: Config,
+    out: Path,
+    data: Dataset | None,
+    resume: bool,
+    on_epoch: Callable[[Record], None] | None,
+    console: Console,
+) -> Record:
+    """See `train`; the folder is there, and nobody else's."""
     if data is None:
         data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
     training = Training(config, data)
     state = training.start()
-    make_folder("out", out)
-    checkpoints = Checkpoints(out / "checkpoints", to_json(config))
+    checkpoints = Checkpoints(out / "checkpoints", _identity(config, data))
+    made_by = [provenance()]
     history: list[Record] = []  # of epochs
-    pieces: list[Record] = []  # of dispatches of the epoch under way
-    dispatches = len(training.dispatches(0))
+    steps: list[Record] = []  # of the epoch under way
+    dispatches, each, _ = training.dispatches(0).shape
     if resume and (found := checkpoints.restore(state)) is not None:
         state, done = found
-        history, pieces = done["history"], done["pieces"]
-        console.print(f"resumed in epoch {len(history) + 1}, after {len(pieces)} of {dispatches} "
-                      "dispatches")  # fmt: skip
+        history, steps = done["history"], done["steps"]
+        made_by = [p for p in done["made_by"] if p != made_by[0]] + made_by
+        say(console, f"resumed in epoch {len(history) + 1}, after {len(steps)} of "
+            f"{dispatches * each} steps")  # fmt: skip
     write_json(out / "config.json", to_json(config))
     state = training.compile(state)
 
     def save() -> None:
-        number = len(history) * dispatches + len(pieces)
-        checkpoints.save(number, state, {"history": history, "pieces": pieces})
+        done = {"history": history, "steps": steps, "made_by": made_by}
+        checkpoints.save(int(state.step), state, done)
 
     warned: set[str] = set()
+    at_once = 1  # step: nobody knows yet how long it takes
     with _heeding_signals() as asked, progress(console, config.epochs, dispatches) as report:
         for epoch in range(len(history) + 1, config.epochs + 1):
-            for batches in training.dispatches(epoch)[len(pieces) :]:
+            plan = np.concatenate(training.dispatches(epoch))
+            while (before := len(steps)) < len(plan):
+                some = plan[before : min(before + at_once, (before // each + 1) * each)]
                 began = time.perf_counter()
-                state, metrics = training.steps(state, batches)
-                seconds = time.perf_counter() - began
-                health.check_finite(metrics, epoch, len(pieces) * len(batches))
-                pieces.append(record_of(metrics, training.spec) | {"seconds": seconds})
-                if asked:
-                    save()
-                    raise _stopped(asked[0], epoch, state)
-                if len(pieces) < dispatches:
-                    report(epoch, len(pieces), describe(pieces[-1]))
-            record = _epoch_record(training, state, epoch, pieces)
+                state, metrics = training.steps(state, some)
+                seconds = (time.perf_counter() - began) / len(some)
+                at_once = max(1, int(HEED_WITHIN / seconds))
+                health.check_finite(metrics, epoch, before)
+                steps += [r | {"seconds": seconds} for r in records_of(metrics, training.spec)]
+                if len(steps) < len(plan):  # the end of an epoch saves anyway
+                    if asked.stop is not None or asked.save:
+                        save()
+                    if asked.stop is not None:
+                        raise _stopped(asked.stop, epoch, state)
+                    if len(steps) % each == 0:
+                        # The mean since the epoch began, as its last line is of all of it.
+                        report(epoch, len(steps) // each, describe(mean_record(steps)))
+                asked.save = False
+            record = _epoch_record(training, state, epoch, steps)
             history.append(record)
-            pieces = []
+            steps = []
             # Before the checkpoint: what comes after it is not made again when a run resumes.
             lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in history)
             write_atomically(out / "metrics.jsonl", lines.encode())
             save()
             report(epoch, dispatches, describe(record))
             for kind in record["warnings"].keys() - warned:
-                console.print(f"warning: {record['warnings'][kind]}", style="yellow")
+                say(console, f"warning: {record['warnings'][kind]}", "yellow")
             warned |= record["warnings"].keys()
             if on_epoch is not None:
                 on_epoch(record)
-            if asked and epoch < config.epochs:
-                raise _stopped(asked[0], epoch, state)
+            if asked.stop is not None and epoch < config.epochs:
+                raise _stopped(asked.stop, epoch, state)
     checkpoints.close()
-    return _finish(training, state, history, out, console)
+    return _finish(training, state, history, made_by, out, console)
 
 
-def _epoch_record(
-    training: Training, state: TrainState, epoch: int, pieces: list[Record]
-) -> Record:
-    """What an epoch measured, from what its dispatches did."""
-    record: Record = {"epoch": epoch, "step": int(state.step)} | mean_record(pieces)
+def _identity(config: Config, data: Dataset) -> dict[str, Any]:
+    """What decides a run, so that it must be the same for a run to resume.
+
+    Not where the data lie, but what they are; and not among how many devices a batch is divided.
+    """
+    decides = to_json(config)
+    del decides["data_dir"], decides["devices"]
+    return decides | {"data": fingerprint(*data[1:])}
+
+
+def _epoch_record(training: Training, state: TrainState, epoch: int, steps: list[Record]) -> Record:
+    """What an epoch measured, from what its steps did."""
+    record: Record = {"epoch": epoch, "step": int(state.step)} | mean_record(steps)
     record["val_error"] = training.validation_error(state)
     record["radius"] = training.radius(state)
     record["warnings"] = health.complaints(record, training.spec, training.config)
-    record["seconds"] = sum(piece["seconds"] for piece in pieces)
-    record["curve"] = {name: [p[name] for p in pieces] for name in ("loss", "error")}
+    record["seconds"] *= len(steps)
+    dispatches = len(training.dispatches(0))
+    record["curve"] = {
+        name: np.reshape([r[name] for r in steps], (dispatches, -1)).mean(1).tolist()
+        for name in ("loss", "error")
+    }
     return record
 
 
 def _finish(
-    training: Training, state: TrainState, history: list[Record], out: Path, console: Console
+    training: Training,
+    state: TrainState,
+    history: list[Record],
+    made_by: list[Record],
+    out: Path,
+    console: Console,
 ) -> Record:
     """Evaluate, and write result, weights and figures."""
     config, spec, data = training.config, training.spec, training.data
     params = jax.device_get(state.params)
+    save_weights(out, params, spec, config.phases)  # before anything that may fail
     result = {
         **evaluate(params, spec, config.phases, data, training.eval_key),
         "val_error": [r["val_error"] for r in history],
@@ -169,34 +229,58 @@ def _finish(
         "dataset": data.name,
         "seed": config.seed,
         "config": to_json(config),
-        **provenance(),
+        **made_by[-1],
+        "resumed_from": made_by[:-1],  # other versions, or another machine
     }
-    save_weights(out, params, spec, config.phases)
     write_json(out / "result.json", result)
-    _draw(out / "figures", training, params, history)
-    console.print(summary(config, data.name, spec, result, out))
+    # The run is complete: what fails now is told, and no more.
+    for what, show in (
+        ("figures", lambda: _draw(out / "figures", training, params, history)),
+        ("the summary", lambda: console.print(summary(config, data.name, spec, result, out))),
+    ):
+        try:
+            show()
+        except Exception as error:  # from a full disk to a terminal that cannot show a line
+            warnings.warn(f"{what} failed: {error!r}; the result is in {out}", stacklevel=2)
     return result
 
 
-@contextlib.contextmanager
-def _heeding_signals() -> Iterator[list[int]]:
-    """A list to which SIGTERM and Ctrl-C add themselves, instead of ending the program.
+@dataclass
+class Asked:
+    """What signals have asked a run for.
 
-    A second Ctrl-C ends it at once. A signal that is ignored stays so: background jobs of a script
-    ignore Ctrl-C. Outside the main thread, where Python allows no handlers, the list stays empty.
+    Attributes:
+        stop: number of the signal that asked to stop.
+        save: whether to save and go on: schedulers warn before they kill.
     """
-    asked: list[int] = []
+
+    stop: int | None = None
+    save: bool = False
+
+
+@contextlib.contextmanager
+def _heeding_signals() -> Iterator[Asked]:
+    """What SIGTERM and Ctrl-C (stop) and SIGUSR1 (save, and go on) ask for, as they come.
+
+    A second Ctrl-C ends the program at once. A signal that is ignored stays so: background jobs of
+    a script ignore Ctrl-C. Outside the main thread, where Python allows no handlers, nothing is
+    ever asked for.
+    """
+    asked = Asked()
 
     def heed(number: int, _: Any) -> None:
-        if number in asked and number == signal.SIGINT:
+        if number == signal.SIGUSR1:
+            asked.save = True
+        elif asked.stop == number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        else:
+            asked.stop = number
 
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    heard = (n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN)
-    before = {n: signal.signal(n, heed) for n in heard}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, heed) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield asked
     finally:

@@ -6,18 +6,22 @@ its arrays come out the same, in the published order.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import math
 import os
 import pickle
+import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+
+from ep_jax.files import own_path
 
 
 class Given(NamedTuple):
@@ -43,17 +47,21 @@ class Source(NamedTuple):
     read: Callable[[], Given]
 
 
+Candidate: TypeAlias = tuple[list[tuple[Path, ...]], Callable[[Sequence[Path], int], Given]]
+
+
 class Layout(NamedTuple):
     """The files in which a data set was published.
 
     Attributes:
         classes: number of classes.
-        source: finds these files in a folder.
+        candidates: how they may lie in a folder: for each file its possible places, and what reads
+            ``(files, classes)``.
         wanted: what a user is told to put there.
     """
 
     classes: int
-    source: Callable[[Path, int], Source | None]
+    candidates: Callable[[Path], Iterator[Candidate]]
     wanted: str
 
 
@@ -77,9 +85,9 @@ def find(name: str, layout: Layout, data_dir: str | os.PathLike[str] | None) -> 
         # The subfolders come first: their name tells which dataset they have.
         folder = root / name
         for found in (
-            layout.source(folder, layout.classes),
+            _published(layout, folder),
             _prepared_source(folder, layout.classes),
-            layout.source(root, layout.classes),
+            _published(layout, root),
         ):
             if found:
                 return found
@@ -89,9 +97,36 @@ def find(name: str, layout: Layout, data_dir: str | os.PathLike[str] | None) -> 
 def _roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
     # A folder that the caller names must not silently be replaced by another one.
     if data_dir is not None:
-        return [Path(data_dir).expanduser()]
+        return [own_path("data_dir", data_dir)]
     named = os.environ.get("TFDS_DATA_DIR")
-    return [Path(root).expanduser() for root in (named, "~/tensorflow_datasets") if root]
+    roots = [own_path("TFDS_DATA_DIR", named)] if named else []
+    with contextlib.suppress(ValueError):  # there is no home folder
+        roots.append(own_path("data_dir", "~/tensorflow_datasets"))
+    return roots
+
+
+def _published(layout: Layout, folder: Path) -> Source | None:
+    """The published files in a folder, where all of them are there."""
+    for needed, read in layout.candidates(folder):
+        files = [file for choices in needed if (file := _first_file(choices))]
+        if len(files) == len(needed):
+            read = functools.partial(read, files, layout.classes)
+            return Source(files[0].parent, tuple(files), read)
+    return None
+
+
+def _first_file(choices: Iterable[Path]) -> Path | None:
+    return next((path for path in choices if path.is_file()), None)
+
+
+def _lacking(layout: Layout, folder: Path) -> str:
+    """What a folder lacks that holds some of the published files."""
+    for needed, _ in layout.candidates(folder):
+        lacking = [choices[0] for choices in needed if _first_file(choices) is None]
+        if 0 < len(lacking) < len(needed):
+            names = ", ".join(file.name for file in lacking)
+            return f" {lacking[0].parent} holds others of its files, but not {names}."
+    return ""
 
 
 def _how_to_get(name: str, layout: Layout, roots: Sequence[Path]) -> str:
@@ -99,7 +134,9 @@ def _how_to_get(name: str, layout: Layout, roots: Sequence[Path]) -> str:
         "import tensorflow_datasets as tfds; "
         f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
     )
-    return f"""no data of {name!r} in {" or ".join(map(str, roots))}. There are two ways to get it:
+    lacking = "".join(_lacking(layout, place) for root in roots for place in (root / name, root))
+    places = " or ".join(map(str, roots))
+    return f"""no data of {name!r} in {places}.{lacking} There are two ways to get it:
 (1) TensorFlow Datasets downloads and prepares it (version 3), once, with
     pip install 'ep_jax[prepare]'
     python -c "{prepare}"
@@ -127,16 +164,8 @@ _IDX_FILES = (
 )
 
 
-def _idx_source(folder: Path, classes: int) -> Source | None:
-    choices = [(folder / file, folder / f"{file}.gz") for file in _IDX_FILES]
-    files = [file for plain, gzipped in choices if (file := _first_file(plain, gzipped))]
-    if len(files) < len(choices):
-        return None
-    return Source(folder, tuple(files), functools.partial(_read_idx_files, files, classes))
-
-
-def _first_file(*paths: Path) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)
+def _idx_candidates(folder: Path) -> Iterator[Candidate]:
+    yield [(folder / file, folder / f"{file}.gz") for file in _IDX_FILES], _read_idx_files
 
 
 def _read_idx_files(files: Sequence[Path], classes: int) -> Given:
@@ -188,20 +217,18 @@ _CIFAR_SIDE = 32
 _CIFAR_NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
-def _cifar_source(folder: Path, classes: int) -> Source | None:
+def _cifar_candidates(folder: Path) -> Iterator[Candidate]:
     for ending, inner, read in (
         (".bin", "cifar-10-batches-bin", _read_binary_batch),
         ("", "cifar-10-batches-py", _read_python_batch),
     ):
         for place in (folder / inner, folder):
-            files = tuple(place / f"{name}{ending}" for name in _CIFAR_NAMES)
-            if all(file.is_file() for file in files):
-                return Source(place, files, functools.partial(_read_batches, files, classes, read))
-    return None
+            needed = [(place / f"{name}{ending}",) for name in _CIFAR_NAMES]
+            yield needed, functools.partial(_read_batches, read=read)
 
 
 def _read_batches(
-    files: Sequence[Path], classes: int, read: Callable[[Path], tuple[Any, Any]]
+    files: Sequence[Path], classes: int, *, read: Callable[[Path], tuple[Any, Any]]
 ) -> Given:
     def arrays(files: Sequence[Path]) -> _Pair:
         pairs = []
@@ -256,14 +283,18 @@ def _read_python_batch(file: Path) -> tuple[Any, Any]:
 # TensorFlow Datasets
 
 # TFDS shuffles what it prepares, and promises the same order within a major version only.
-_TFDS_VERSIONS = "3.*"
+_TFDS_VERSION = re.compile(r"3\.\d+\.\d+")
 
 
 def _prepared_source(folder: Path, classes: int) -> Source | None:
-    versions = sorted(info.parent for info in folder.glob(f"{_TFDS_VERSIONS}/dataset_info.json"))
+    versions = [
+        info.parent
+        for info in folder.glob("*/dataset_info.json")
+        if _TFDS_VERSION.fullmatch(info.parent.name)  # and no copy beside it
+    ]
     if not versions:
         return None
-    newest = versions[-1]
+    newest = max(versions, key=lambda version: [int(n) for n in version.name.split(".")])
     read = functools.partial(_read_prepared, newest, classes)
     return Source(newest, tuple(sorted(newest.iterdir())), read)
 
@@ -306,7 +337,7 @@ def _prepared_order(split: str, count: int) -> list[int]:
 
 _IDX = Layout(
     classes=10,
-    source=_idx_source,
+    candidates=_idx_candidates,
     wanted="its four IDX files, each gzipped (with .gz at the end of its name) or not,\n    "
     + ", ".join(_IDX_FILES),
 )
@@ -315,7 +346,7 @@ LAYOUTS = {
     "fashion_mnist": _IDX,
     "cifar10": Layout(
         classes=10,
-        source=_cifar_source,
+        candidates=_cifar_candidates,
         wanted="the folder cifar-10-batches-bin or cifar-10-batches-py of the published archives",
     ),
 }

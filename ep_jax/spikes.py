@@ -54,11 +54,11 @@ def _quantiser(staircase: Elementwise, distance: Elementwise) -> Quantiser:
     return quantise
 
 
-binary = _quantiser(lambda v: (v > 0.5).astype(v.dtype), lambda v: v - 0.5)
-"""``1[v > 1/2]``."""
+binary = _quantiser(lambda v: jnp.heaviside(v - 0.5, 0.0), lambda v: v - 0.5)
+"""``1[v > 1/2]``; not a number of what is none."""
 
-fire = _quantiser(lambda v: (v >= 1.0).astype(v.dtype), lambda v: v - 1.0)
-"""``1[v >= 1]``, the threshold of an integrate-and-fire neuron."""
+fire = _quantiser(lambda v: jnp.heaviside(v - 1.0, 1.0), lambda v: v - 1.0)
+"""``1[v >= 1]``, likewise, the threshold of an integrate-and-fire neuron."""
 
 
 @functools.cache

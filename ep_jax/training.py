@@ -129,6 +129,19 @@ class Augmentation:
         """Whether pixels are interpolated."""
         return max(self.rotate, self.scale, self.shear, self.warp) > 0.0
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise where examples of a shape are no images, or nothing would be left of them."""
+        if self == Augmentation():
+            return
+        if len(shape) != 3:
+            raise ValueError(f"augmentation is {self} for examples of shape {shape}; expected "
+                             "none, or images (H, W, C)")  # fmt: skip
+        side = min(shape[:2])
+        for name, value in (("shift", self.shift), ("erase", self.erase), ("warp", self.warp)):
+            if value >= side:
+                raise ValueError(f"augmentation.{name} is {value} for images of shape {shape}; "
+                                 f"expected less than {side}")  # fmt: skip
+
 
 def augment(key: jax.Array, images: jax.Array, how: Augmentation) -> jax.Array:
     """Vary images ``[B, H, W, C]``, each on its own. Examples that are no images stay as they are.
@@ -230,7 +243,7 @@ def make_train_steps(
         params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = StepMetrics(
             loss=info.cost,
-            error=100.0 * jnp.mean(info.output.argmax(-1) != labels),
+            error=100.0 * jnp.mean(network.classify(info.output) != labels),
             gradient_norm=tuple(map(optax.tree.norm, grads)),
             params_norm=tuple(map(optax.tree.norm, params)),
             free=info.free,
@@ -277,7 +290,6 @@ def _answers(
     params: Params, batches: jax.Array, keys: jax.Array, *, spec: NetworkSpec, phases: Phases
 ) -> tuple[jax.Array, PhaseInfo]:
     """Answers ``[batches, B, classes]`` to images ``[batches, B, ...]``; each example's info."""
-    prepared = network.prepare(params, spec)
 
     def settled(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, PhaseInfo]:
         images, keys = batch
@@ -293,7 +305,9 @@ def _answers(
         outputs = jax.vmap(lambda s: network.read_out(spec, prepared, s))(found.state[-1])
         return outputs, found.info
 
-    return jax.lax.map(settled, (batches, keys))
+    with phases.products():
+        prepared = network.prepare(params, spec, phases.precision)
+        return jax.lax.map(settled, (batches, keys))
 
 
 def check_images(spec: NetworkSpec, images: np.ndarray | jax.Array) -> None:
@@ -314,7 +328,7 @@ def predict(
     key: jax.Array | None = None,
     batch: int = 100,
 ) -> tuple[np.ndarray, PhaseInfo]:
-    """The answers of the network to uint8 images: argmax after ``phases.free`` sweeps.
+    """The classes that the network names for uint8 images after ``phases.free`` sweeps.
 
     Args:
         params: parameters of `spec`.
@@ -325,10 +339,12 @@ def predict(
         batch: images in flight at once.
 
     Returns:
-        Predicted labels ``[N]`` and the `PhaseInfo` of all images: largest residuals, else means.
+        Predicted labels ``[N]`` (-1 where an answer is not a number) and the `PhaseInfo` of all
+        images: largest residuals, else means.
     """
     network.check_params(spec, params)
     check_images(spec, images)
+    check_integer("batch", batch, at_least=1)
     key = jax.random.key(0) if key is None else key
     check_phases(spec, phases, key)
     keys = jax.random.split(key, len(images))
@@ -350,7 +366,7 @@ def predict(
             flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (outputs, info))
             parts.append(flat)
     outputs, info = jax.tree.map(lambda *some: jnp.concatenate(some), *parts)
-    return np.asarray(outputs.argmax(-1)), mean_info(info)
+    return np.asarray(network.classify(outputs)), mean_info(info)
 
 
 def error_rate(predictions: np.ndarray, labels: np.ndarray) -> float:

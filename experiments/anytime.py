@@ -8,7 +8,6 @@ is read after each of them.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import command
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
@@ -26,7 +26,7 @@ import ep_jax as ep
 from ep_jax import network
 from ep_jax.data import load, to_float
 from ep_jax.diagnostics import spikes_per_neuron, synaptic_operations
-from ep_jax.files import write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.provenance import provenance
 from ep_jax.relaxation import Snapshot
 from ep_jax.training import error_rate
@@ -64,7 +64,7 @@ def follow(
 
     def look(now: Snapshot) -> tuple[jax.Array, jax.Array]:
         spikes = jnp.stack([jnp.mean(jnp.abs(s)) for s in now.spikes])
-        return network.read_out(spec, prepared, now.state[-1]).argmax(-1), spikes
+        return network.classify(network.read_out(spec, prepared, now.state[-1])), spikes
 
     def one(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         image, key = given
@@ -100,6 +100,7 @@ def draw(rows: list[dict[str, Any]], usual: int, most: int) -> Figure:
 
 def run(arguments: Arguments) -> dict[str, Any]:
     """Measure, write, return."""
+    out = new_folder("out", arguments.out, "anytime.json")
     params, spec, phases = ep.load_weights(arguments.weights)
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     most = phases.for_all()
@@ -123,9 +124,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "rows": rows,
     }
     made = provenance()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "anytime.json", found | made)
-    draw(rows, phases.free, most.free).savefig(arguments.out / "anytime.png", dpi=150)
+    write_json(out / "anytime.json", found | made)
+    draw(rows, phases.free, most.free).savefig(out / "anytime.png", dpi=150)
     return found
 
 
@@ -146,10 +146,8 @@ def table(found: dict[str, Any]) -> Table:
 
 def main() -> None:
     """Measure, print, write."""
-    try:
+    with command():
         Console().print(table(run(tyro.cli(Arguments, description=__doc__))))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"anytime.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -24,18 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import muon, plain
+from common import command, muon, plain
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
 import ep_jax as ep
-from ep_jax import diagnostics, training
+from ep_jax import diagnostics, network, training
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
-from ep_jax.files import make_folder, write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.nnx import Equilibrium
 from ep_jax.presets import NEURONS
+from ep_jax.progress import RunConsole
 from ep_jax.provenance import provenance
 from ep_jax.training import Augmentation
 
@@ -166,7 +166,7 @@ def make_step(augmentation: Augmentation) -> Any:
 @nnx.jit
 def answers(model: Blocks, images: np.ndarray) -> jax.Array:
     """The classes of uint8 images."""
-    return model(jnp.asarray(to_float(images)))[0].argmax(-1)
+    return network.classify(model(jnp.asarray(to_float(images)))[0])
 
 
 def error(model: Blocks, images: np.ndarray, labels: np.ndarray, batch: int = 500) -> float:
@@ -175,7 +175,7 @@ def error(model: Blocks, images: np.ndarray, labels: np.ndarray, batch: int = 50
     return training.error_rate(np.concatenate(parts), labels)
 
 
-def train(settings: Settings, data: Dataset, rule: str, console: Console) -> dict[str, Any]:
+def train(settings: Settings, data: Dataset, rule: str, console: RunConsole) -> dict[str, Any]:
     """Train a model by one rule; what the table tells of it."""
     model = Blocks(
         data.train_images.shape[1:],
@@ -261,20 +261,25 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     """Train by each rule, tell and write."""
-    settings = tyro.cli(Settings, description=__doc__)
-    console = Console()
+    with command():
+        run(tyro.cli(Settings, description=__doc__))
+
+
+def run(settings: Settings) -> None:
+    """See `main`."""
+    console = RunConsole()
+    out = new_folder("out", settings.out, "blocks.json")
     data = load(settings.dataset, data_dir=settings.data_dir)
     if settings.train_images is not None:
         kept = slice(settings.train_images)
         data = data._replace(
             train_images=data.train_images[kept], train_labels=data.train_labels[kept]
         )
-    make_folder("out", settings.out)
     rows = [train(settings, data, rule, console) for rule in settings.rules]
     fields = (f.name for f in dataclasses.fields(Settings) if f.name != "out")
     described = {name: to_json(getattr(settings, name)) for name in fields}
     result = plain({"rows": rows, "settings": described}) | provenance()
-    write_json(settings.out / "blocks.json", result)
+    write_json(out / "blocks.json", result)
     console.print(table(rows))
 
 

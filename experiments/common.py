@@ -1,10 +1,14 @@
-"""What the experiments share: trainings, exact gradients in float64, agreement, intervals."""
+"""What the experiments share: errors, trainings, exact gradients, agreement, intervals."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +64,20 @@ def learn(
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
     state, metrics = jax.jit(run)(state, images, labels, jnp.asarray(batches), step_key)
     return state.params, metrics
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """What was wrong with the input of a script, in one line; a reader that went away ends it."""
+    name = Path(sys.argv[0]).name
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        sys.exit(128 + signal.SIGPIPE)  # as a shell reports it
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"{name}: error: {error}")
 
 
 def validation_batches(data: Dataset, batches: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -156,14 +174,38 @@ def muon(
 class Journal:
     """Rows that are written as they come, one line of JSON each, and not made twice.
 
-    An experiment that was interrupted goes on where it was.
+    An experiment that was interrupted goes on where it was. A last line that was cut off is made
+    again.
+
+    Args:
+        path: the file. Its first line holds the settings.
+        settings: all that decides the rows beside their keys.
+
+    Raises:
+        ValueError: the file holds rows of other settings, or lines that are none of these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole)
+        try:
+            made, *self.rows = [json.loads(line) for line in whole.splitlines()] or [None]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} holds a line that is no JSON: {error}") from error
+        settings = plain(settings)
+        if made is None:
+            self._write(settings)
+        elif made != settings:
+            raise ValueError(f"{path} holds rows made with the settings {made}, and not with "
+                             f"{settings}; expected the same, or another folder")  # fmt: skip
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def row(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row with these entries: an old one, or what `make` adds to them."""
@@ -172,8 +214,7 @@ class Journal:
                 return old
         row = plain(key | make())
         self.rows.append(row)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._write(row)
         return row
 
 

@@ -6,17 +6,17 @@ python experiments/evaluate.py --weights runs/digits --dataset digits --json out
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from common import command
 
 from ep_jax import load_weights
 from ep_jax.data import load
 from ep_jax.evaluation import evaluate
-from ep_jax.files import write_json
+from ep_jax.files import check_unused, make_folder, own_path, write_json
 from ep_jax.provenance import provenance
 
 
@@ -36,17 +36,20 @@ class Arguments:
 
 def main() -> None:
     """Evaluate, print and write."""
-    try:
+    with command():
         arguments = tyro.cli(Arguments, description=__doc__)
+        file = None
+        if arguments.json_file is not None:
+            file = own_path("json", arguments.json_file)
+            check_unused("json", file.parent, file.name)
+            make_folder("json", file.parent)
         params, spec, phases = load_weights(arguments.weights)
         data = load(arguments.dataset, data_dir=arguments.data_dir)
         result = evaluate(params, spec, phases, data)
-        if arguments.json_file is not None:
+        if file is not None:
             written = {"weights": str(arguments.weights), "dataset": arguments.dataset}
-            write_json(arguments.json_file, written | result | provenance())
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"evaluate.py: error: {error}")
-    print(json.dumps(result, indent=2))
+            write_json(file, written | result | provenance())
+        print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

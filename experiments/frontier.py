@@ -13,7 +13,6 @@ The study is docs/studies/frontier.md.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +22,14 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from common import Journal, agreements, exact_gradients, plain, validation_batches
+from common import (
+    Journal,
+    agreements,
+    command,
+    exact_gradients,
+    plain,
+    validation_batches,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -31,8 +37,9 @@ import ep_jax as ep
 from ep_jax.data import load
 from ep_jax.descriptions import to_json
 from ep_jax.diagnostics import spikes_per_neuron
-from ep_jax.files import write_json
+from ep_jax.files import fingerprint, new_folder, write_json
 from ep_jax.presets import PRESETS
+from ep_jax.progress import say
 from ep_jax.provenance import provenance
 
 PRESET = PRESETS["mnist"].phases
@@ -189,27 +196,37 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def main() -> None:
+    """Parse, run, and say in one line what was wrong where the input was."""
+    with command():
+        run(tyro.cli(Arguments, description=__doc__))
+
+
+def run(arguments: Arguments) -> None:
     """Measure, draw, write."""
-    try:
-        arguments = tyro.cli(Arguments, description=__doc__)
-        data = load("mnist", data_dir=arguments.data_dir)
-        xs, ys = validation_batches(data, arguments.batches, 64)
-        journal = Journal(arguments.runs / "frontier.jsonl")
-        for age, folder in (("early", arguments.early), ("late", arguments.late)):
-            params, spec, _ = ep.load_weights(folder)
-            exact = exact_gradients(params, spec, xs, ys)
-            study(Subject(age, spec, params, exact, xs, ys), journal)
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"frontier.py: error: {error}")
+    out = new_folder("out", arguments.out, "frontier.json")
+    data = load("mnist", data_dir=arguments.data_dir)
+    xs, ys = validation_batches(data, arguments.batches, 64)
+    networks = {
+        age: ep.load_weights(folder)
+        for age, folder in (("early", arguments.early), ("late", arguments.late))
+    }
+    weights = {
+        age: fingerprint(*jax.tree.leaves(params)) for age, (params, _, _) in networks.items()
+    }
+    journal = Journal(
+        arguments.runs / "frontier.jsonl", {"batches": arguments.batches, "weights": weights}
+    )
+    for age, (params, spec, _) in networks.items():
+        exact = exact_gradients(params, spec, xs, ys)
+        study(Subject(age, spec, params, exact, xs, ys), journal)
     made = provenance()  # before files of the checkout change
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    draw(journal.rows, arguments.out)
+    draw(journal.rows, out)
     statement = dataclasses.asdict(arguments)
     del statement["runs"], statement["out"], statement["data_dir"]
     statement |= {age: getattr(arguments, age).name for age in ("early", "late")}
     statement["neurons"] = {name: to_json(n) for name, n in CODES.items()}
-    write_json(arguments.out / "frontier.json", plain(statement) | {"rows": journal.rows} | made)
-    Console().print(f"written to {arguments.out}")
+    write_json(out / "frontier.json", plain(statement) | {"rows": journal.rows} | made)
+    say(Console(), f"written to {out}")
 
 
 if __name__ == "__main__":

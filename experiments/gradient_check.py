@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import STATIC, agreements, exact_gradients, in_float64, plain, validation_batches
+from common import (
+    STATIC,
+    agreements,
+    command,
+    exact_gradients,
+    in_float64,
+    plain,
+    validation_batches,
+)
 from rich.console import Console
 from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics, plots
+from ep_jax.checks import check_seed
 from ep_jax.data import DATASETS, Dataset, load
 from ep_jax.descriptions import to_json
-from ep_jax.files import write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.presets import PRESETS, spec_of
+from ep_jax.progress import say
 from ep_jax.provenance import provenance
 
 
@@ -57,6 +66,7 @@ class Arguments:
     """Seed of initial weights and random neurons."""
 
     def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
         if (self.weights is None) == (self.preset is None):
             raise ValueError("expected either --weights or --preset")
         if self.preset is not None and self.preset not in PRESETS:
@@ -119,6 +129,7 @@ def gdu_curves(
 
 def check(arguments: Arguments) -> None:
     """Compare, print, draw, write."""
+    out = new_folder("out", arguments.out, "check.json")
     name = arguments.dataset or PRESETS[arguments.preset or ""].dataset
     data = load(name, data_dir=arguments.data_dir)
     params, spec, phases = network_of(arguments, data)
@@ -173,9 +184,8 @@ def check(arguments: Arguments) -> None:
     console.print(f"GDU curves, relative RMSE: states {state_errors.rmse.max():.1e}, "
                   f"parameters {param_errors.rmse.max():.1e}")  # fmt: skip
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plots.gdu(curves).savefig(arguments.out / "gdu.png", dpi=150)
-    plots.agreement(results).savefig(arguments.out / "agreement.png", dpi=150)
+    plots.gdu(curves).savefig(out / "gdu.png", dpi=150)
+    plots.agreement(results).savefig(out / "agreement.png", dpi=150)
     document = {
         "weights": None if arguments.weights is None else str(arguments.weights),
         "preset": arguments.preset,
@@ -195,16 +205,14 @@ def check(arguments: Arguments) -> None:
             "params_sign_error": param_errors.sign_error,
         },
     }
-    write_json(arguments.out / "check.json", plain(document) | provenance())
-    console.print(f"written to {arguments.out}")
+    write_json(out / "check.json", plain(document) | provenance())
+    say(console, f"written to {out}")
 
 
 def main() -> None:
     """Parse, check, and say in one line what was wrong where the input was."""
-    try:
+    with command():
         check(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"gradient_check.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -22,7 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import STATIC, STUDIED, Journal, compare, exact_gradients, interval, learn, plain
+from common import (
+    STATIC,
+    STUDIED,
+    Journal,
+    command,
+    compare,
+    exact_gradients,
+    interval,
+    learn,
+    plain,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +40,7 @@ import ep_jax as ep
 from ep_jax import diagnostics, network, training
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
-from ep_jax.files import write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.gradients import GRADIENTS
 from ep_jax.presets import PRESETS
 from ep_jax.provenance import provenance
@@ -151,8 +160,9 @@ class Training:
 
     def run(self) -> None:
         """Train what is missing, then tabulate."""
+        out = new_folder("out", self.out, "training.json")
         data = load("mnist", data_dir=self.data_dir)
-        journal = Journal(self.runs / "training.jsonl")
+        journal = Journal(self.runs / "training.jsonl", {"budget": dataclasses.asdict(self.budget)})
         rows = []
         for cell in combinations():
             row = dataclasses.asdict(cell)
@@ -164,9 +174,8 @@ class Training:
                     row.setdefault(name, []).append(found[name])
             rows.append(row)
         Console().print(_training_table(rows))
-        self.out.mkdir(parents=True, exist_ok=True)
         statement = {"seeds": self.seeds, "budget": dataclasses.asdict(self.budget)} | NAMED
-        write_json(self.out / "training.json", statement | {"rows": rows} | provenance())
+        write_json(out / "training.json", statement | {"rows": rows} | provenance())
 
     def _train(self, cell: Cell, seed: int, data: Dataset) -> dict[str, Any]:
         """Errors in per cent after training; ``None`` where it diverged."""
@@ -261,8 +270,12 @@ class Gradients:
 
     def run(self) -> None:
         """Measure everything, print, draw, write."""
+        out = new_folder("out", self.out, "gradients.json")
         data = load("mnist", data_dir=self.data_dir)
-        journal = Journal(self.runs / "gradients.jsonl")
+        journal = Journal(
+            self.runs / "gradients.jsonl",
+            {"budget": dataclasses.asdict(self.budget), "seeds": self.seeds},
+        )
         for feedback, pool, trained in itertools.product((1.0, WEAK), POOLS, (False, True)):
 
             @functools.cache
@@ -286,12 +299,11 @@ class Gradients:
                 )
                 print(_line(row), flush=True)
         rows = journal.rows
-        self.out.mkdir(parents=True, exist_ok=True)
         statement = {"seeds": self.seeds, "budget": dataclasses.asdict(self.budget)}
         statement |= {"neurons": {name: to_json(neuron) for name, neuron in CODES.items()}}
-        write_json(self.out / "gradients.json", statement | {"rows": rows} | provenance())
-        _draw_gradients(rows).savefig(self.out / "gradients.png", dpi=150)
-        _draw_mechanism(rows).savefig(self.out / "mechanism.png", dpi=150)
+        write_json(out / "gradients.json", statement | {"rows": rows} | provenance())
+        _draw_gradients(rows).savefig(out / "gradients.png", dpi=150)
+        _draw_mechanism(rows).savefig(out / "mechanism.png", dpi=150)
 
     def _case(self, pool: Pool, feedback: float, trained: bool, seed: int, data: Dataset) -> Case:
         spec = network_of(self.budget, pool, ep.Rate(), feedback)
@@ -485,10 +497,8 @@ def _draw_mechanism(rows: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     """Parse, run, and say in one line what was wrong where the input was."""
-    try:
+    with command():
         tyro.extras.subcommand_cli_from_dict({"gradients": Gradients, "train": Training}).run()
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"pooling.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -5,19 +5,19 @@ python experiments/prune.py --weights runs/digits --dataset digits --out runs/di
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import tyro
+from common import command
 from rich.console import Console
 
 from ep_jax import load_weights, save_weights
 from ep_jax.checks import check_non_negative
 from ep_jax.data import load
 from ep_jax.evaluation import evaluate
-from ep_jax.files import write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.provenance import provenance
 from ep_jax.pruning import activity, prune
 from ep_jax.training import error_rate, predict
@@ -44,14 +44,13 @@ class Arguments:
 
 def main() -> None:
     """Run, and say in one line what was wrong where the input was."""
-    try:
+    with command():
         run(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"prune.py: error: {error}")
 
 
 def run(arguments: Arguments) -> None:
     """Prune, compare on the validation images, evaluate, write."""
+    out = new_folder("out", arguments.out, "weights.npz", "result.json")
     params, spec, phases = load_weights(arguments.weights)
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     awake = activity(params, spec, phases.for_all(), data.train_images)
@@ -77,8 +76,8 @@ def run(arguments: Arguments) -> None:
         **evaluate(*networks["after"], phases, data),
         **provenance(),
     }
-    save_weights(arguments.out, *networks["after"], phases)
-    write_json(arguments.out / "result.json", result)
+    save_weights(out, *networks["after"], phases)
+    write_json(out / "result.json", result)
     Console().print_json(data=result)
 
 

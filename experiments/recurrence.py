@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import STATIC, agreements, exact_gradients, in_float64, plain, validation_batches
+from common import (
+    STATIC,
+    agreements,
+    command,
+    exact_gradients,
+    in_float64,
+    plain,
+    validation_batches,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +46,7 @@ from ep_jax import diagnostics, training
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
 from ep_jax.evaluation import recurrence_of
-from ep_jax.files import make_folder, write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.phases import optimal_relaxation
 from ep_jax.provenance import provenance
 
@@ -168,7 +175,7 @@ def fast(params: ep.Params, spec: ep.NetworkSpec, data: Dataset, images: int) ->
 
 def check(arguments: Arguments) -> dict[str, Any]:
     """Measure, print, write."""
-    make_folder("out", arguments.out)
+    out = new_folder("out", arguments.out, "recurrence.json")
     params, spec, phases = ep.load_weights(arguments.weights)
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     found: dict[str, Any] = {
@@ -181,7 +188,7 @@ def check(arguments: Arguments) -> dict[str, Any]:
         "right": right(params, spec, phases, data, arguments.batches, arguments.scales),
         "fast": fast(params, spec, data, arguments.fast_images),
     }
-    write_json(arguments.out / "recurrence.json", plain(found | provenance()))
+    write_json(out / "recurrence.json", plain(found | provenance()))
     console = Console()
     for part in ("recurrent", "settled", "fast"):
         table = Table(title=part)
@@ -203,10 +210,8 @@ def check(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, check."""
-    try:
+    with command():
         check(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"recurrence.py: error: {error}")
 
 
 if __name__ == "__main__":

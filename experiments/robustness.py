@@ -17,7 +17,6 @@ All images are validation images; networks are compared on the same ones.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import plain
+from common import command, plain
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +35,7 @@ from scipy import ndimage
 import ep_jax as ep
 from ep_jax import diagnostics, network, training
 from ep_jax.data import load, to_float
-from ep_jax.files import make_folder, write_json
+from ep_jax.files import new_folder, write_json
 from ep_jax.provenance import provenance
 
 
@@ -234,7 +233,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     images = np.asarray(to_float(data.validation_images[: arguments.images]))
     labels = data.validation_labels[: arguments.images].astype(np.int32)
-    make_folder("out", arguments.out)
+    out = new_folder("out", arguments.out, "robustness.json")
     rows = [
         measure(Network(weights, arguments), images, labels, arguments.attacked)
         for weights in arguments.weights
@@ -248,17 +247,15 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "strengths": STRENGTHS,
     }
     found = plain({"rows": rows, "settings": settings}) | provenance()
-    write_json(arguments.out / "robustness.json", found)
-    draw(rows).savefig(arguments.out / "robustness.png", dpi=150)
+    write_json(out / "robustness.json", found)
+    draw(rows).savefig(out / "robustness.png", dpi=150)
     return found
 
 
 def main() -> None:
     """Measure, print, write."""
-    try:
+    with command():
         Console().print(table(run(tyro.cli(Arguments, description=__doc__))["rows"]))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"robustness.py: error: {error}")
 
 
 if __name__ == "__main__":

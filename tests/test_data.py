@@ -233,6 +233,25 @@ def test_digits() -> None:
     assert zlib.crc32(digits.test_images.tobytes()) == 3014385578
 
 
+def test_a_missing_one_of_several_files_is_named(tmp_path: Path) -> None:
+    """Three of four files, and a message that says how to get all of them."""
+    folder = write(tmp_path / "data")
+    gone = sorted(folder.iterdir())[0]
+    gone.unlink()
+    said = rf"{folder} holds others of its files, but not {gone.name.removesuffix('.gz')}\."
+    with pytest.raises(FileNotFoundError, match=said):
+        load("mnist", data_dir=folder)
+
+
+def test_a_copy_beside_a_version_is_no_version(tmp_path: Path) -> None:
+    """``3.0.1 copy``, or 3.0.9 taken for newer than 3.0.10."""
+    for version in ("3.0.9", "3.0.10", "3.0.10 copy", "3.0.11.bak", "4.0.0"):
+        (tmp_path / "mnist" / version).mkdir(parents=True)
+        (tmp_path / "mnist" / version / "dataset_info.json").touch()
+    found = sources.find("mnist", sources.LAYOUTS["mnist"], tmp_path)
+    assert found.folder == tmp_path / "mnist" / "3.0.10"
+
+
 # Cache
 
 
@@ -253,7 +272,7 @@ def test_changed_data_is_read_again(tmp_path: Path) -> None:
     times = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     write(folder, first=100)  # of the same size
     for file, time in times.items():
-        os.utime(file, ns=(time, time + 10**9))
+        os.utime(file, ns=(time, time))  # and age
     after = load("mnist", data_dir=folder, validation=0)
     assert numbers(after.train_images).tolist() == list(range(100, 160))
     # Another folder with files of the same size and age is other data too.

@@ -14,6 +14,7 @@ import ep_jax as ep
 from ep_jax import presets
 from ep_jax.phases import optimal_relaxation
 from ep_jax.pruning import prune
+from ep_jax.training import Augmentation, predict
 
 SPEC = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(4), ep.Dense(3)), ep.Rate())
 PARAMS: Any = tuple(
@@ -36,6 +37,37 @@ Conv: Any = ep.Conv
 DeltaCode: Any = ep.DeltaCode
 SigmaDelta: Any = ep.SigmaDelta
 Config: Any = presets.Config
+
+
+class Half:
+    """The beginning of a neuron model."""
+
+    activation = "hard_sigmoid"
+    stochastic = False
+    start = step = ep.Rate.step
+
+
+class Changing(Half):
+    """A whole one that may change, so that it has no hash."""
+
+    signal = readout = ep.Rate.signal
+    __hash__: Any = None
+
+
+class Odd(Half):
+    """One of an activation that nobody knows."""
+
+    activation = "relu"
+    signal = readout = ep.Rate.signal
+
+
+class ChangingCost:
+    """A cost that may change."""
+
+    __hash__: Any = None
+
+    def __call__(self, output: Any, target: Any) -> Any:
+        return output - target
 
 
 def changed(layer: int, name: str, value: Any) -> Any:
@@ -289,6 +321,38 @@ CASES: dict[str, Case] = {
     # Runs.
     "an unknown gradient": (
         lambda: Config(gradient="adam"), ValueError, ("gradient ", "'adam'", "'bptt'")),
+    "a neuron model that is a class": (
+        lambda: Spec((4,), (ep.Dense(2),), ep.Rate), TypeError,
+        ("neuron ", "<class 'ep_jax.neurons.Rate'>", "ep_jax.Rate()")),
+    "half a neuron model": (
+        lambda: Spec((4,), (ep.Dense(2),), Half()), TypeError,
+        ("neuron ", "without readout, signal", "ep_jax.Rate()")),
+    "a neuron model that may change": (
+        lambda: Spec((4,), (ep.Dense(2),), Changing()), TypeError,
+        ("neuron ", "no hash", "frozen")),
+    "a neuron model of an unknown activation": (
+        lambda: Spec((4,), (ep.Dense(2),), Odd()), ValueError,
+        ("neuron.activation ", "'relu'", "'hard_sigmoid'")),
+    "a cost that may change": (
+        lambda: Spec((4,), (ep.Dense(2),), cost=ChangingCost()), TypeError,
+        ("cost ", "no hash", "frozen")),
+    "a warm-up without end": (
+        lambda: Config(warmup=1.0), ValueError, ("warmup ", "1.0", "less than 1")),
+    "answers in batches of none": (
+        lambda: predict(PARAMS, SPEC, Phases(), np.zeros((2, *SPEC.input_shape), np.uint8),
+                        batch=-1),
+        ValueError, ("batch ", "-1", "at least 1")),
+    "a seed that JAX would cut": (
+        lambda: Config(seed=2**32), ValueError, ("seed ", "4294967296", "below 2^32")),
+    "a shift that leaves nothing": (
+        lambda: Augmentation(shift=8).check((8, 9, 1)), ValueError,
+        ("augmentation.shift ", "8", "(8, 9, 1)", "less than 8")),
+    "a square larger than the image": (
+        lambda: Augmentation(erase=9).check((8, 9, 1)), ValueError,
+        ("augmentation.erase ", "9", "(8, 9, 1)", "less than 8")),
+    "augmentation of what is no image": (
+        lambda: Augmentation(flip=True).check((8,)), ValueError,
+        ("augmentation ", "flip=True", "(8,)", "(H, W, C)")),
     "no images to learn": (
         lambda: Config(train_images=0), ValueError, ("train_images ", "0", "at least 1")),
     # Networks.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ep_jax import dynamics, network
+from ep_jax.checks import check_integer
 from ep_jax.coordinates import Absolute, Swept
-from ep_jax.dynamics import PhaseInfo
+from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.layers import LayerParams
 from ep_jax.network import NetworkSpec, Params, Prepared, State
 from ep_jax.phases import Phases, check_phases
@@ -87,13 +89,62 @@ class Checked(NamedTuple):
     keys: Keys
 
 
+def in_parts(
+    size: int | None, given: Checked, gradient: Callable[[Checked], tuple[Params, GradientInfo]]
+) -> tuple[Params, GradientInfo]:
+    """The gradient of a batch from those of parts of it, one after the other.
+
+    Memory is that of a part, whose states stay in the cache. Each part takes examples from all over
+    the batch, so that it is divided among the devices as the batch is.
+
+    Args:
+        size: examples of a part; ``None`` for all at once.
+        given: the batch.
+        gradient: the gradient of a part's mean cost.
+
+    Raises:
+        ValueError: the batch is no multiple of the size.
+    """
+    if size is None:
+        return gradient(given)
+    check_integer("microbatch", size, at_least=1)
+    batch = given.xs.shape[0]
+    if batch % size:
+        raise ValueError(f"microbatch is {size}; expected a divisor of the {batch} examples")
+    parts, keys = batch // size, given.keys
+
+    def cut(a: jax.Array) -> jax.Array:
+        return a.reshape(size, parts, *a.shape[1:]).swapaxes(0, 1)
+
+    def joined(a: jax.Array) -> jax.Array:
+        return a.swapaxes(0, 1).reshape(batch, *a.shape[2:])
+
+    def add(total: Params, part: Checked) -> tuple[Params, GradientInfo]:
+        grads, info = gradient(part)
+        return jax.tree.map(lambda all, one: all + one / parts, total, grads), info
+
+    xs, ys, free, nudged = jax.tree.map(cut, (given.xs, given.ys, keys.free, keys.nudged))
+    estimators = None if keys.estimator is None else jax.random.split(keys.estimator, parts)
+    cuts = Checked(xs, ys, Keys(estimators, free, nudged))
+    first = jax.tree.map(lambda a: a[0], cuts)
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, first)[0])
+    total, infos = jax.lax.scan(add, zero, cuts)
+    nudged = None if infos.nudged is None else mean_info(infos.nudged)
+    limited = None if infos.limited is None else jnp.mean(infos.limited)
+    info = GradientInfo(
+        jnp.mean(infos.cost), joined(infos.output), mean_info(infos.free), nudged, limited
+    )
+    return total, info
+
+
 def check(
     params: Params, spec: NetworkSpec, xs: jax.Array, ys: Any, phases: Phases, key: jax.Array | None
 ) -> Checked:
     """Raise where an argument of a gradient does not fit the others."""
     xs = check_batch(params, spec, xs, phases, key)
-    ys = network.targets(spec, ys, xs.dtype, (len(xs),))
-    return Checked(xs, ys, keys_of(spec, key, len(xs)))
+    batch = xs.shape[0]  # which may be symbolic, where len would refuse
+    ys = network.targets(spec, ys, xs.dtype, (batch,))
+    return Checked(xs, ys, keys_of(spec, key, batch))
 
 
 class Free(NamedTuple):
@@ -116,7 +167,7 @@ def settle(
     params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases, keys: jax.Array | None
 ) -> tuple[Free, PhaseInfo]:
     """Settle every example freely; the info is that of each."""
-    prepared = network.prepare(params, spec)
+    prepared = network.prepare(params, spec, phases.precision)
     drives = jax.vmap(lambda x: network.input_drive(spec, prepared, x))(xs)
     found = dynamics.settle_batch(
         spec, phases, False, lambda *drives: Absolute(spec, prepared, drives), drives, keys

@@ -33,10 +33,12 @@ from ep_jax import dynamics, network
 from ep_jax.coordinates import Absolute, Base, Displacement, Nudge, base_of, displacement_units
 from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.gradients.batch import (
+    Checked,
     Free,
     GradientInfo,
     answer,
     check,
+    in_parts,
     settle,
     with_readout,
 )
@@ -114,11 +116,13 @@ def ep_gradient(
     ys: jax.Array,
     phases: Phases,
     key: jax.Array | None = None,
+    *,
+    microbatch: int | None = None,
 ) -> tuple[Params, GradientInfo]:
     """The gradient of the batch-mean cost by Equilibrium Propagation.
 
     Memory does not grow with the number of sweeps. Not jitted: wrap it, or what calls it, as
-    ``jax.jit(ep_gradient, static_argnames=("spec", "phases"))``.
+    ``jax.jit(ep_gradient, static_argnames=("spec", "phases", "microbatch"))``.
 
     Args:
         params: parameters of `spec`.
@@ -128,6 +132,8 @@ def ep_gradient(
         phases: sweeps, nudging strength, estimator, coordinates.
         key: random key, for stochastic neurons and ``estimator="random_sign"``. The nudged phases
             of one example share one key.
+        microbatch: settle the batch in parts of so many examples, one after the other: the memory
+            is that of a part. Parts have stragglers and a median (``phases.limit``) of their own.
 
     Returns:
         The gradient, of the same tree as `params`, and a `GradientInfo`.
@@ -145,7 +151,15 @@ def ep_gradient(
     """
     given = check(params, spec, xs, ys, phases, key)
     check_nudge(spec, phases, phases.beta, given.xs.dtype)
-    batch = len(given.xs)
+    with phases.products():
+        return in_parts(microbatch, given, lambda part: _gradient(params, spec, phases, part))
+
+
+def _gradient(
+    params: Params, spec: NetworkSpec, phases: Phases, given: Checked
+) -> tuple[Params, GradientInfo]:
+    """See `ep_gradient`."""
+    batch = given.xs.shape[0]
     points = nudges(phases, batch, given.xs.dtype, given.keys.estimator)
     free, told = settle(params, spec, given.xs, phases, given.keys.free)
 
@@ -301,7 +315,9 @@ def limit_displacements(d: State, errors: jax.Array, limit: float) -> tuple[Stat
 
 
 def _cast_to(dtype: jnp.dtype) -> Callable[[Any], Any]:
-    """A function that casts all arrays of a tree: complex nudges ask for complex states."""
+    """A function that makes the arrays of a tree complex where the nudges are."""
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        return lambda tree: tree
     return lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
 
 

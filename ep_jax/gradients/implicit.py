@@ -22,7 +22,16 @@ from ep_jax import dynamics, network
 from ep_jax.checks import check_integer, check_number
 from ep_jax.coordinates import Absolute
 from ep_jax.dynamics import PhaseInfo, mean_info
-from ep_jax.gradients.batch import Free, GradientInfo, answer, check, settle, with_readout
+from ep_jax.gradients.batch import (
+    Checked,
+    Free,
+    GradientInfo,
+    answer,
+    check,
+    in_parts,
+    settle,
+    with_readout,
+)
 from ep_jax.network import NetworkSpec, Params, Prepared, State
 from ep_jax.phases import Phases
 from ep_jax.relaxation import MOVING
@@ -38,11 +47,13 @@ def implicit_gradient(
     *,
     tolerance: float | None = None,
     max_sweeps: int = 1000,
+    microbatch: int | None = None,
 ) -> tuple[Params, GradientInfo]:
     """The gradient of the batch-mean cost by implicit differentiation at the free state.
 
     Exact where the free state is a fixed point: give it enough sweeps. Not jitted: wrap it as
-    ``jax.jit(implicit_gradient, static_argnames=("spec", "phases", "max_sweeps"))``.
+    ``jax.jit(implicit_gradient, static_argnames=("spec", "phases", "max_sweeps",
+    "microbatch"))``.
 
     Args:
         params: parameters of `spec`.
@@ -55,6 +66,7 @@ def implicit_gradient(
             norm; by default 8 units of rounding.
         max_sweeps: most sweeps of the adjoint. An adjoint that has not settled by then shows in
             ``info.nudged.residual``.
+        microbatch: see `ep_jax.ep_gradient`.
 
     Returns:
         The gradient, of the same tree as `params`, and a `GradientInfo` whose nudged phase is the
@@ -73,11 +85,29 @@ def implicit_gradient(
     """
     given = check(params, spec, xs, ys, phases, key)
     check_adjoint(tolerance, max_sweeps)
+
+    def gradient(part: Checked) -> tuple[Params, GradientInfo]:
+        return _gradient(params, spec, phases, tolerance, max_sweeps, part)
+
+    with phases.products():
+        return in_parts(microbatch, given, gradient)
+
+
+def _gradient(
+    params: Params,
+    spec: NetworkSpec,
+    phases: Phases,
+    tolerance: float | None,
+    max_sweeps: int,
+    given: Checked,
+) -> tuple[Params, GradientInfo]:
+    """See `implicit_gradient`."""
     free, told = settle(params, spec, given.xs, phases, given.keys.free)
+    free = free._replace(prepared=network.prepare(params, spec))  # an adjoint settles to rounding
     gradient_of = jax.vmap(lambda s, y: network.cost_gradient(spec, free.prepared, s, y))
     sources = gradient_of(free.state[-1], given.ys)
     v, info = adjoints(spec, free, sources, tolerance, max_sweeps)
-    batch = len(given.xs)
+    batch = given.xs.shape[0]
     weights = jnp.full(batch, 1 / batch, given.xs.dtype)
     gradient = jax.grad(lambda p: pulled(p, spec, given.xs, free.state, v, weights))(params)
     said = answer(spec, free.prepared, free.state[-1], given.ys)
