@@ -77,6 +77,10 @@ class Training:
             data = data._replace(
                 train_images=data.train_images[kept], train_labels=data.train_labels[kept]
             )
+        chooses = config.patience is not None or config.keep == "best"
+        if chooses and not len(data.validation_images):
+            raise ValueError(f"patience is {config.patience} and keep {config.keep!r} without "
+                             "validation images; expected some to choose by")  # fmt: skip
         self.config, self.data = config, data
         self.spec = spec_of(config, shape, data.classes)
         self.compile_seconds = 0.0

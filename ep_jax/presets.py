@@ -140,6 +140,12 @@ class Config:
     augmentation: Augmentation = field(default_factory=Augmentation)
     """How the training images are varied."""
 
+    patience: int | None = None
+    """Stop when the validation error has not fallen for so many epochs; by default never."""
+    keep: Literal["last", "best"] = "last"
+    """The weights that the run ends with: the last epoch's, or those of the lowest validation
+    error."""
+
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("gradient", self.gradient, GRADIENTS)
@@ -175,9 +181,16 @@ class Config:
         if len(self.channels) != len(self.kernels):
             raise ValueError(f"kernels is {self.kernels}; expected one kernel for each of the "
                              f"{len(self.channels)} entries of channels")  # fmt: skip
+        if self.patience is not None:
+            check_integer("patience", self.patience, at_least=1)
+        check_choice("keep", self.keep, ("last", "best"))
         depth = 1 + (len(self.layers) or len(self.channels) + len(self.hidden))
         for name in ("layer_rates", "layer_decays"):
             check_layer_factors(name, getattr(self, name), depth)
+
+
+CAME_LATER: dict[str, Any] = {"patience": None, "keep": "last"}
+"""Fields that records of earlier versions lack, and what these runs did."""
 
 
 def _named(name: str, value: str, kinds: dict[str, Any]) -> Any:

@@ -34,7 +34,7 @@ from rich.table import Table
 from scipy import ndimage
 
 import ep_jax as ep
-from ep_jax import diagnostics, training
+from ep_jax import diagnostics, network, training
 from ep_jax.data import load, to_float
 from ep_jax.files import new_folder, write_json
 from ep_jax.provenance import provenance

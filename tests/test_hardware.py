@@ -158,9 +158,7 @@ def test_every_neuron_model(name: str) -> None:
 def test_energies() -> None:
     """Weights that lie further away cost more, and nothing else changes."""
     info = told(10.0, 0.0, 0.0)
-    near, far = (
-        hardware_cost(RATE, info, energies=e).inference for e in (FLOAT32, FLOAT32_DRAM)
-    )
+    near, far = (hardware_cost(RATE, info, energies=e).inference for e in (FLOAT32, FLOAT32_DRAM))
     np.testing.assert_allclose(far.joules - near.joules, 192 * 640e-12)
     free_memory = Energies(multiply=1.0, add=2.0, state=0.0, weight=0.0)
     only = hardware_cost(RATE, info, energies=free_memory).inference
