@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -96,6 +97,9 @@ def compare(estimate: Params, exact: Params) -> Agreement:
 
     A layer whose exact gradient is zero has no angle: NaN.
 
+    Raises:
+        AssertionError: they are not gradients of one network.
+
     Example:
         >>> exact = ({"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])},)
         >>> double = ({"w": jnp.array([6.0, 0.0]), "b": jnp.array([8.0])},)
@@ -103,6 +107,9 @@ def compare(estimate: Params, exact: Params) -> Agreement:
         >>> float(agreement.cosine[0]), float(agreement.norm_ratio[0])
         (1.0, 2.0)
     """
+    chex.assert_trees_all_equal_shapes(
+        estimate, exact, custom_message="estimate and exact differ; expected gradients of one spec"
+    )
     both = jax.tree.leaves((estimate, exact))
     with jax.numpy_dtype_promotion("standard"):  # the exact one may have a higher precision
         precision = jnp.result_type(*both)

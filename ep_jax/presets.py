@@ -368,3 +368,25 @@ PRESETS: dict[str, Config] = {
     "fashion_mnist_sigma_delta": replace(_FASHION, neuron=_SIGMA_DELTA, phases=_SLOW_PHASES),
 }
 """Complete runs by name. Feedback is 1 but in those called weak, feedforward or backprop."""
+
+
+def about(config: Config) -> str:
+    """A run in a line.
+
+    Example:
+        >>> about(PRESETS["mnist_rate"])
+        'mnist: Rate, EP, feedback 1, 9 (+20) + 6 (+8) sweeps, 24 epochs'
+    """
+    phases = config.phases
+    sweeps = _sweeps(phases.free, phases.free_more)
+    if config.gradient == "ep":
+        sweeps += " + " + _sweeps(phases.nudged, phases.nudged_more)
+    gradient = {"ep": "EP", "bptt": "BPTT", "implicit": "implicit"}[config.gradient]
+    return (
+        f"{config.dataset}: {type(config.neuron).__name__}, {gradient}, feedback "
+        f"{config.feedback:g}, {sweeps} sweeps, {config.epochs} epochs"
+    )
+
+
+def _sweeps(of_all: int, of_stragglers: int) -> str:
+    return f"{of_all} (+{of_stragglers})" if of_stragglers else str(of_all)

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
-from rich.text import Text
 
+from ep_jax.extras import extra
 from ep_jax.loop import Record
 from ep_jax.network import NetworkSpec
 from ep_jax.presets import Config
+
+with extra("cli"):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column, Table
+    from rich.text import Text
 
 Report: TypeAlias = Callable[[int, int, str], None]
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from ep_jax import health, selection
 from ep_jax.checkpoint import Checkpoints, load_weights, save_weights
@@ -31,6 +30,7 @@ from ep_jax.claims import claimed
 from ep_jax.data import Dataset, load
 from ep_jax.descriptions import to_json
 from ep_jax.evaluation import evaluate
+from ep_jax.extras import extra
 from ep_jax.files import (
     check_plain,
     check_unused,
@@ -46,6 +46,9 @@ from ep_jax.presets import CAME_LATER, Config
 from ep_jax.progress import describe, progress, say, summary
 from ep_jax.provenance import provenance
 from ep_jax.training import TrainState
+
+with extra("cli"):
+    from rich.console import Console
 
 
 class StoppedError(Exception):

@@ -24,6 +24,7 @@ import tyro
 
 from ep_jax.data import DATASETS
 from ep_jax.presets import CAME_LATER, PRESETS
+from ep_jax.tables import markdown
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,7 @@ def table(results: Path) -> str:
     if not rows:
         raise ValueError(f"results is {str(results)!r}; expected a folder with "
                          "DATASET/NAME/seedN.json")  # fmt: skip
-    lines = [HEAD, ["---"] * len(HEAD), *itertools.chain(*rows.values())]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(HEAD, itertools.chain(*rows.values()))
 
 
 def main() -> None:
