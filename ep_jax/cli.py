@@ -188,7 +188,7 @@ def _training_default(words: Sequence[str], prog: str) -> tuple[Train, list[str]
     A preset, a neuron model and an optimiser decide which other arguments there are.
     """
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="digits", choices=PRESETS)
+    first.add_argument("--preset", default="digits", choices=PRESETS, metavar="NAME")
     first.add_argument("--list", action="store_true")
     for name in ("neuron", "optimizer"):
         first.add_argument(f"--{name}")

@@ -70,21 +70,21 @@ def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     loss.semilogy(fine, curve["loss"], label="loss")
     loss.semilogy(epochs, [r["residual"] for r in history], "o--", ms=3, label="residual")
     loss.set(title="training loss, residual of the free phase")
-    loss.legend()
+    loss.legend(loc="upper right")  # the best place is slow to find
     error.plot(fine, curve["error"], alpha=0.6, label="training, running")
     validation = [(r["epoch"], r["val_error"]) for r in history if r["val_error"] is not None]
     if validation:
         error.plot(*zip(*validation, strict=True), "o-", ms=3, label="validation")
     error.set_yscale("symlog", linthresh=1.0)  # logarithmic above 1 %, and shows 0
     error.set(ylabel="per cent", title="error", ylim=(0, None))
-    error.legend()
+    error.legend(loc="upper right")
     for phase in ("free", "nudged"):
         totals = [r[f"spikes_{phase}"] for r in history]
         if any(totals):
             spikes.semilogy(epochs, totals, "o-", ms=3, label=f"{phase} phase")
     spikes.set(title="spikes per neuron and phase")
     if spikes.lines:
-        spikes.legend()
+        spikes.legend(loc="upper right")
     for axis in (loss, error, spikes):
         axis.set(xlabel="epoch", xlim=(0, epochs[-1] * 1.02))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -115,7 +115,7 @@ def layers(history: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].axhline(UNSETTLED, color="0.6", lw=0.8)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(loc="upper right", fontsize=8)
     return figure
 
 

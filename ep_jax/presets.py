@@ -384,7 +384,8 @@ def about(config: Config) -> str:
     gradient = {"ep": "EP", "bptt": "BPTT", "implicit": "implicit"}[config.gradient]
     return (
         f"{config.dataset}: {type(config.neuron).__name__}, {gradient}, feedback "
-        f"{config.feedback:g}, {sweeps} sweeps, {config.epochs} epochs"
+        f"{config.feedback:g}, {sweeps} {'sweep' if sweeps == '1' else 'sweeps'}, "
+        f"{config.epochs} {'epoch' if config.epochs == 1 else 'epochs'}"
     )
 
 

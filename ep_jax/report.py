@@ -27,6 +27,7 @@ from ep_jax.network import NetworkSpec, Params
 from ep_jax.phases import Phases
 
 with extra("plot"):
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
 RECORDED = 64
@@ -223,7 +224,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _picture(name: str, figure: Figure) -> str:
     """A figure as an image that is part of the page."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": name}):  # the same page for the same run
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()
     caption = html.escape(CAPTIONS[name])
     kind = "wide" if name in _WIDE else "plain"
