@@ -14,7 +14,7 @@ DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard ep_jax experiments benchmarks tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage lint typecheck env clean
+.PHONY: help demo test test-slow coverage lint typecheck wheel env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: $(DEV) ## check style and formatting
 
 typecheck: $(DEV) ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+wheel: $(DEV) ## build the wheel and use it in empty environments
+	$(BIN)/python tools/check_wheel.py
 
 env: $(DEV) ## only set up the environment
 

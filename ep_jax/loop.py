@@ -1,14 +1,12 @@
 """The loop of a training, without files, signals and progress: use it, or fork it.
 
     training = Training(config, data)
-    state = training.start()
-    training.compile(state)
+    state = training.compile(training.start())
     for epoch in range(1, config.epochs + 1):
-        for batches in training.dispatches(epoch):
-            state, metrics = training.steps(state, batches)
-        print(epoch, metrics.loss.mean(), training.validation_error(state))
+        state, record = training.epoch(state, epoch)
+        on_epoch(record)
 
-`ep_jax.run.train` is this loop with a folder around it.
+`ep_jax.run.train` is this loop with a folder around it, and `Training.epoch` the loop inside.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ep_jax import training
+from ep_jax import health, training
 from ep_jax.data import Dataset, check_dataset, to_float
 from ep_jax.devices import placements
 from ep_jax.diagnostics import spikes_per_neuron
@@ -130,6 +128,31 @@ class Training:
         placed = jax.device_put(batches, self._place.batches)
         state, metrics = self._run(state, images, labels, placed, key)
         return state, jax.device_get(metrics)
+
+    def epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, Record]:
+        """All steps of an epoch, and what it measured. `state` is used up.
+
+        Args:
+            state: as it lies on the devices, from `compile` or the epoch before.
+            epoch: number of the epoch, from 1: it decides the order of the images.
+        """
+        pieces: list[Record] = []
+        for batches in self.dispatches(epoch):
+            began = time.perf_counter()
+            state, metrics = self.steps(state, batches)
+            seconds = time.perf_counter() - began
+            pieces.append(record_of(metrics, self.spec) | {"seconds": seconds})
+        return state, self.epoch_record(state, epoch, pieces)
+
+    def epoch_record(self, state: TrainState, epoch: int, pieces: list[Record]) -> Record:
+        """What an epoch measured, from the records of its dispatches, with their ``seconds``."""
+        record: Record = {"epoch": epoch, "step": int(state.step)} | mean_record(pieces)
+        record["val_error"] = self.validation_error(state)
+        record["radius"] = self.radius(state)
+        record["warnings"] = health.complaints(record, self.spec, self.config)
+        record["seconds"] = sum(piece["seconds"] for piece in pieces)
+        record["curve"] = {name: [p[name] for p in pieces] for name in ("loss", "error")}
+        return record
 
     def validation_error(self, state: TrainState) -> float | None:
         """In per cent; ``None`` without validation images."""

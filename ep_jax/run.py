@@ -165,7 +165,7 @@ def _train(
                 if len(pieces) < dispatches:
                     # The mean since the epoch began, as its last line is of all of it.
                     report(epoch, len(pieces), describe(mean_record(pieces)))
-            record = _epoch_record(training, state, epoch, pieces)
+            record = training.epoch_record(state, epoch, pieces)
             history.append(record)
             pieces = []
             # Before the checkpoint: what comes after it is not made again when a run resumes.
@@ -197,19 +197,6 @@ def _identity(config: Config, data: Dataset) -> dict[str, Any]:
     decides = to_json(config)
     del decides["data_dir"], decides["devices"]
     return decides | {"data": fingerprint(*data[1:])}
-
-
-def _epoch_record(
-    training: Training, state: TrainState, epoch: int, pieces: list[Record]
-) -> Record:
-    """What an epoch measured, from what its dispatches did."""
-    record: Record = {"epoch": epoch, "step": int(state.step)} | mean_record(pieces)
-    record["val_error"] = training.validation_error(state)
-    record["radius"] = training.radius(state)
-    record["warnings"] = health.complaints(record, training.spec, training.config)
-    record["seconds"] = sum(piece["seconds"] for piece in pieces)
-    record["curve"] = {name: [p[name] for p in pieces] for name in ("loss", "error")}
-    return record
 
 
 def _finish(

@@ -129,6 +129,18 @@ def test_a_checkpoint_of_before_goes_on(
         train(dataclasses.replace(config, keep="best"), tmp_path / "out", resume=True)
 
 
+def test_the_loop_by_itself_is_the_run(scripted: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """What a hook sees of a run, a loop of one's own sees as well."""
+    config, seen = dataclasses.replace(TINY, epochs=2), []
+    scripted(2.0, 1.0, 2.0, 1.0)
+    train(config, tmp_path / "out", on_epoch=seen.append)
+    training = Training(config, load("digits"))
+    state = training.compile(training.start())
+    for epoch, expected in enumerate(seen, start=1):
+        state, record = training.epoch(state, epoch)
+        assert record | {"seconds": 0} == expected | {"seconds": 0}
+
+
 @pytest.mark.parametrize("choice", [{"patience": 3}, {"keep": "best"}])
 def test_nothing_to_choose_by(choice: dict[str, Any]) -> None:
     """Found out before anything is compiled."""
