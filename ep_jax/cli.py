@@ -10,6 +10,8 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -265,11 +267,19 @@ def command(name: str, words: Sequence[str], prog: str, description: str | None)
 
 @contextlib.contextmanager
 def told_in_a_line(prog: str) -> Iterator[None]:
-    """Errors of input as one line, and the exit status of a run that was asked to stop."""
+    """Errors of input as one line, and the exit status of a run that was asked to stop.
+
+    Args:
+        prog: what the program is called.
+    """
     try:
         yield
+        sys.stdout.flush()
     except StoppedError as stop:
         print(f"{prog}: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signal)  # as a shell reports it
+    except BrokenPipeError:  # the reader went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, TypeError, OSError, ImportError, DivergedError) as error:
         sys.exit(f"{prog}: error: {error}")

@@ -81,7 +81,7 @@ class EP:
             params: Params, xs: jax.Array, keys: Keys, free: Free, cotangents: jax.Array
         ) -> tuple[Params, jax.Array]:
             pulls, sizes = _normalized(cotangents)
-            points = ep.nudges(phases, len(xs), xs.dtype, keys.estimator)
+            points = ep.nudges(phases, xs.shape[0], xs.dtype, keys.estimator)
             found = ep.contrast(
                 spec, phases, free, points, lambda _, g: lambda s: g, pulls, keys.nudged
             )
@@ -120,7 +120,7 @@ class BPTT:
         self, params: Params, spec: NetworkSpec, xs: jax.Array, phases: Phases, keys: Keys
     ) -> Settled:
         """See `Derivative`."""
-        tracked = bptt.check_tracked(phases, self.tracked, self.remat)
+        tracked = bptt.check_tracked(spec, phases, self.tracked, self.remat)
         prepared = network.prepare(params, spec)
         output, info = bptt.settled(prepared, spec, xs, phases, keys.free, tracked, self.remat)
         return Settled(output, mean_info(info))
@@ -159,7 +159,7 @@ class Implicit:
         ) -> tuple[Params, jax.Array]:
             del keys
             v, _ = implicit.adjoints(spec, free, cotangents, self.tolerance, self.max_sweeps)
-            ones = jnp.ones(len(xs), xs.dtype)
+            ones = jnp.ones(xs.shape[0], xs.dtype)
             return jax.grad(implicit.pulled, (0, 2))(params, spec, xs, free.state, v, ones)
 
         return _settled_by(backward, params, spec, xs, phases, keys)
@@ -273,7 +273,7 @@ def equilibrium(
         raise TypeError(f"derivative is {derivative!r}; expected ep_jax.EP(), ep_jax.BPTT() or "
                         "ep_jax.Implicit()")  # fmt: skip
     check_choice("info", info, (True, False))
-    found = derivative.settle(params, spec, xs, phases, keys_of(spec, key, len(xs)))
+    found = derivative.settle(params, spec, xs, phases, keys_of(spec, key, xs.shape[0]))
     # The last layer's packed state is its logical one: no layer above reads it.
     if info:
         return found.output, jax.lax.stop_gradient(found.info)

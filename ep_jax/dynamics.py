@@ -219,7 +219,7 @@ def settle_batch(
         return settle(spec, phases, coordinates_of(*data), key)
 
     found = jax.vmap(first)(keys, *examples)
-    batch = len(found.info.residual)
+    batch = found.info.residual.shape[0]
     if not phases.stragglers or not phases.more(nudged):
         return found
     _, slow = jax.lax.top_k(found.info.residual, phases.straggling(batch))
@@ -351,5 +351,5 @@ def nudged_phase(
 def check_inputs(spec: NetworkSpec, xs: jax.Array) -> None:
     """Raise where a batch of inputs does not fit `spec`."""
     check_float_array("xs", xs, ("batch", *spec.input_shape))
-    if not len(xs):
+    if xs.shape[0] == 0:
         raise ValueError("xs holds no example; expected at least one")

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -84,19 +85,19 @@ class Training:
         self.compile_seconds = 0.0
         self._place = placements(config.devices)
         plan = self.dispatches(0)
+        self._shape = plan.shape[1:]
         self._optimizer = optimizer_of(config, self.spec, config.epochs * plan[..., 0].size)
         self._init_key, step_key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
         self._given = (data.train_images, data.train_labels, step_key)
+        steps = training.make_train_steps(
+            self.spec,
+            config.phases,
+            self._optimizer,
+            augmentation=config.augmentation,
+            gradient=GRADIENTS[config.gradient],
+        )
         self._run: Any = jax.jit(
-            training.make_train_steps(
-                self.spec,
-                config.phases,
-                self._optimizer,
-                augmentation=config.augmentation,
-                gradient=GRADIENTS[config.gradient],
-            ),
-            donate_argnums=0,
-            out_shardings=self._place.everywhere,
+            _first(steps), donate_argnums=0, out_shardings=self._place.everywhere
         )
 
     def start(self) -> TrainState:
@@ -111,7 +112,7 @@ class Training:
         images, labels, key = self._given
         batches = jax.device_put(self.dispatches(0)[0], self._place.batches)
         began = time.perf_counter()
-        self._run = self._run.lower(state, images, labels, batches, key).compile()
+        self._run = self._run.lower(state, images, labels, batches, key, np.int32(0)).compile()
         self.compile_seconds = time.perf_counter() - began
         return state
 
@@ -123,11 +124,16 @@ class Training:
         )
 
     def steps(self, state: TrainState, batches: np.ndarray) -> tuple[TrainState, StepMetrics]:
-        """The steps of one dispatch; their metrics, stacked, on the host. `state` is used up."""
+        """The steps of one dispatch; their metrics, stacked, on the host. `state` is used up.
+
+        A part of a dispatch's batches is taken as well, and compiles nothing anew.
+        """
         images, labels, key = self._given
-        placed = jax.device_put(batches, self._place.batches)
-        state, metrics = self._run(state, images, labels, placed, key)
-        return state, jax.device_get(metrics)
+        count = len(batches)
+        padded = np.resize(batches, self._shape)  # with steps that are not made
+        placed = jax.device_put(padded, self._place.batches)
+        state, metrics = self._run(state, images, labels, placed, key, np.int32(count))
+        return state, jax.tree.map(lambda values: values[:count], jax.device_get(metrics))
 
     def epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, Record]:
         """All steps of an epoch, and what it measured. `state` is used up.
@@ -136,22 +142,26 @@ class Training:
             state: as it lies on the devices, from `compile` or the epoch before.
             epoch: number of the epoch, from 1: it decides the order of the images.
         """
-        pieces: list[Record] = []
+        records: list[Record] = []
         for batches in self.dispatches(epoch):
             began = time.perf_counter()
             state, metrics = self.steps(state, batches)
-            seconds = time.perf_counter() - began
-            pieces.append(record_of(metrics, self.spec) | {"seconds": seconds})
-        return state, self.epoch_record(state, epoch, pieces)
+            seconds = (time.perf_counter() - began) / len(batches)
+            records += [r | {"seconds": seconds} for r in records_of(metrics, self.spec)]
+        return state, self.epoch_record(state, epoch, records)
 
-    def epoch_record(self, state: TrainState, epoch: int, pieces: list[Record]) -> Record:
-        """What an epoch measured, from the records of its dispatches, with their ``seconds``."""
-        record: Record = {"epoch": epoch, "step": int(state.step)} | mean_record(pieces)
+    def epoch_record(self, state: TrainState, epoch: int, steps: list[Record]) -> Record:
+        """What an epoch measured, from the records of its steps, each with its ``seconds``."""
+        record: Record = {"epoch": epoch, "step": int(state.step)} | mean_record(steps)
         record["val_error"] = self.validation_error(state)
         record["radius"] = self.radius(state)
         record["warnings"] = health.complaints(record, self.spec, self.config)
-        record["seconds"] = sum(piece["seconds"] for piece in pieces)
-        record["curve"] = {name: [p[name] for p in pieces] for name in ("loss", "error")}
+        record["seconds"] *= len(steps)
+        dispatches = len(self.dispatches(0))
+        record["curve"] = {
+            name: np.reshape([r[name] for r in steps], (dispatches, -1)).mean(1).tolist()
+            for name in ("loss", "error")
+        }
         return record
 
     def validation_error(self, state: TrainState) -> float | None:
@@ -195,31 +205,60 @@ def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.Gradien
     )
 
 
+def _first(steps: Callable[..., tuple[TrainState, StepMetrics]]) -> Callable[..., Any]:
+    """`steps` for the first `count` of its batches, a number that is known when it runs."""
+
+    def run(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        batches: jax.Array,
+        key: jax.Array,
+        count: jax.Array,
+    ) -> tuple[TrainState, StepMetrics]:
+        def step(i: jax.Array, carry: tuple[TrainState, StepMetrics]) -> Any:
+            state, seen = carry
+            state, metrics = steps(state, images, labels, batches[i][None], key)
+            return state, jax.tree.map(lambda all, one: all.at[i].set(one[0]), seen, metrics)
+
+        _, seen = jax.eval_shape(steps, state, images, labels, batches, key)
+        blank = jax.tree.map(lambda all: jnp.zeros(all.shape, all.dtype), seen)
+        return jax.lax.fori_loop(0, count, step, (state, blank))
+
+    return run
+
+
+def records_of(metrics: StepMetrics, spec: NetworkSpec) -> list[Record]:
+    """The metrics of each step, by the names that they have in ``metrics.jsonl``."""
+    steps = range(len(metrics.loss))
+    return [record_of(jax.tree.map(lambda v, i=i: v[i], metrics), spec) for i in steps]
+
+
 def record_of(metrics: StepMetrics, spec: NetworkSpec) -> Record:
-    """The means of a dispatch's metrics, by the names that they have in ``metrics.jsonl``."""
-    mean = jax.tree.map(lambda values: float(values.mean()), metrics)
+    """The metrics of a step, by the names that they have in ``metrics.jsonl``."""
+    step = jax.tree.map(float, metrics)
     record = {
-        "loss": mean.loss,
-        "error": mean.error,
-        **_settled(mean.free, ""),
-        "moving": mean.free.moving,
-        "spikes_free": spikes_per_neuron(spec, mean.free.spikes),
+        "loss": step.loss,
+        "error": step.error,
+        **_settled(step.free, ""),
+        "moving": step.free.moving,
+        "spikes_free": spikes_per_neuron(spec, step.free.spikes),
         "spikes_nudged": 0.0,
-        "spikes_free_per_layer": list(mean.free.spikes),
-        "activity": list(mean.free.activity),
-        "gradient_norm": list(mean.gradient_norm),
-        "params_norm": list(mean.params_norm),
+        "spikes_free_per_layer": list(step.free.spikes),
+        "activity": list(step.free.activity),
+        "gradient_norm": list(step.gradient_norm),
+        "params_norm": list(step.params_norm),
     }
-    if mean.nudged is not None:
-        record |= _settled(mean.nudged, "_nudged")
-        record["activity_nudged"] = list(mean.nudged.activity)
-        record["spikes_nudged"] = spikes_per_neuron(spec, mean.nudged.spikes)
-        record["spikes_nudged_per_layer"] = list(mean.nudged.spikes)
-    if mean.limited is not None:
-        record["limited"] = mean.limited
-    if mean.links is not None:
-        record["link_norms"] = list(mean.links.norms)
-        record["links_capped"] = mean.links.capped
+    if step.nudged is not None:
+        record |= _settled(step.nudged, "_nudged")
+        record["activity_nudged"] = list(step.nudged.activity)
+        record["spikes_nudged"] = spikes_per_neuron(spec, step.nudged.spikes)
+        record["spikes_nudged_per_layer"] = list(step.nudged.spikes)
+    if step.limited is not None:
+        record["limited"] = step.limited
+    if step.links is not None:
+        record["link_norms"] = list(step.links.norms)
+        record["links_capped"] = step.links.capped
     return record
 
 

@@ -156,7 +156,14 @@ class Phases:
         )
 
     def straggling(self, batch: int) -> int:
-        """How many examples of a batch go on."""
+        """How many examples of a batch go on.
+
+        Raises:
+            ValueError: the batch's size is symbolic.
+        """
+        if self.stragglers and not isinstance(batch, int):
+            raise ValueError(f"stragglers is {self.stragglers} in a batch of the symbolic size "
+                             f"{batch}; expected 0, or a size that is known")  # fmt: skip
         return math.ceil(self.stragglers * batch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -23,6 +24,16 @@ with extra("cli"):
 Report: TypeAlias = Callable[[int, int, str], None]
 
 
+class RunConsole(Console):
+    """A console that a run outlives: where its reader goes away, the run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        """Instead of ending the program."""
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # what is still in a buffer has no reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def say(console: Console, text: str, style: str | None = None) -> None:
     """Print a text as it is: names that users gave may look like markup."""
     console.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
@@ -30,8 +41,11 @@ def say(console: Console, text: str, style: str | None = None) -> None:
 
 @contextlib.contextmanager
 def progress(console: Console, epochs: int, dispatches: int) -> Iterator[Report]:
-    """A progress bar on a terminal; elsewhere a line a quarter of an epoch, fit for a log file."""
-    if not console.is_terminal:
+    """A progress bar on a terminal; elsewhere a line a quarter of an epoch, fit for a log file.
+
+    A file that is told to show colours (FORCE_COLOR) is no terminal: nothing there can be erased.
+    """
+    if not (console.is_terminal and console.file.isatty()):
 
         def line(epoch: int, done: int, text: str) -> None:
             if done * 4 // dispatches > (done - 1) * 4 // dispatches:

@@ -63,6 +63,15 @@ class Carry(NamedTuple):
     spikes: list[jax.Array]
 
 
+def _arrays(seen: Any) -> Any:
+    """What a trace returned, to be stacked."""
+    try:
+        return jax.tree.map(jnp.asarray, seen)
+    except TypeError as error:
+        raise TypeError(f"trace returned {seen!r}; expected arrays or numbers, in any "
+                        "pytree") from error  # fmt: skip
+
+
 class Relaxation:
     """The sweeps of one phase of one example.
 
@@ -123,10 +132,14 @@ class Relaxation:
         for number, updates in enumerate(opening):
             carry, now = self._sweep(carry, updates, number)
             seen.append(jax.tree.map(lambda a: a[None], now))
-        carry, rest = jax.lax.scan(
-            lambda carry, _: self._sweep(carry, self._updates), carry, length=sweeps - len(opening)
-        )
-        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen, rest)
+        if sweeps > len(opening):
+            carry, rest = jax.lax.scan(
+                lambda carry, _: self._sweep(carry, self._updates),
+                carry,
+                length=sweeps - len(opening),
+            )
+            seen.append(rest)
+        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen) if seen else None
 
     def run_until(self, settled: Callable[[Carry], jax.Array], carry: Carry | None = None) -> Carry:
         """Sweeps until `settled`, which is asked every `CHECK` sweeps, and at most all."""
@@ -162,7 +175,9 @@ class Relaxation:
             for n, q, s in zip(carry.spikes, spikes, self._coordinates.start, strict=True)
         ]
         moving = self._moving(carry.t, old, new, number)
-        seen = None if self._trace is None else self._trace(self._seen(carry.t, old, new, spikes))
+        seen = None
+        if self._trace is not None:
+            seen = _arrays(self._trace(self._seen(carry.t, old, new, spikes)))
         return Carry(carry.t + 1, states, moving, counts), seen
 
     def _signal(self, state: Any) -> jax.Array:

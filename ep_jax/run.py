@@ -40,15 +40,19 @@ from ep_jax.files import (
     write_atomically,
     write_json,
 )
-from ep_jax.loop import Record, Training, mean_record, record_of
+from ep_jax.loop import Record, Training, mean_record, records_of
 from ep_jax.network import Params
 from ep_jax.presets import CAME_LATER, Config
-from ep_jax.progress import describe, progress, say, summary
+from ep_jax.progress import RunConsole, describe, progress, say, summary
 from ep_jax.provenance import provenance
 from ep_jax.training import TrainState
 
 with extra("cli"):
     from rich.console import Console
+
+HEED_WITHIN = 10.0
+"""Seconds after which signals are looked at, or one step: schedulers kill half a minute after the
+first one, and the checkpoint takes its time."""
 
 
 class StoppedError(Exception):
@@ -98,7 +102,7 @@ def train(
             result is written.
         StoppedError: SIGTERM or Ctrl-C came. Where the run was, it can go on with `resume`.
     """
-    out, console = own_path("out", out), console or Console()
+    out, console = own_path("out", out), console or RunConsole()
     if not resume:
         if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
             raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, "
@@ -126,23 +130,23 @@ def _train(
     checkpoints = Checkpoints(out / "checkpoints", _identity(config, data), CAME_LATER)
     made_by = [provenance()]
     history: list[Record] = []  # of epochs
-    pieces: list[Record] = []  # of dispatches of the epoch under way
-    dispatches = len(training.dispatches(0))
+    steps: list[Record] = []  # of the epoch under way
+    dispatches, each, _ = training.dispatches(0).shape
     if resume and (found := checkpoints.restore(state)) is not None:
         state, done = found
-        history, pieces = done["history"], done["pieces"]
+        history, steps = done["history"], done["steps"]
         made_by = [p for p in done["made_by"] if p != made_by[0]] + made_by
-        say(console, f"resumed in epoch {len(history) + 1}, after {len(pieces)} of {dispatches} "
-            "dispatches")  # fmt: skip
+        say(console, f"resumed in epoch {len(history) + 1}, after {len(steps)} of "
+            f"{dispatches * each} steps")  # fmt: skip
     write_json(out / "config.json", to_json(config))
     state = training.compile(state)
 
     def save() -> None:
-        number = len(history) * dispatches + len(pieces)
-        done = {"history": history, "pieces": pieces, "made_by": made_by}
-        checkpoints.save(number, state, done)
+        done = {"history": history, "steps": steps, "made_by": made_by}
+        checkpoints.save(int(state.step), state, done)
 
     warned: set[str] = set()
+    at_once = 1  # step: nobody knows yet how long it takes
     with _heeding_signals() as asked, progress(console, config.epochs, dispatches) as report:
         for epoch in range(len(history) + 1, config.epochs + 1):
             if selection.is_over(history, config.patience):
@@ -150,24 +154,27 @@ def _train(
                 say(console, f"stopped after epoch {epoch - 1}: the lowest validation error was "
                     f"that of epoch {best}")  # fmt: skip
                 break
-            for batches in training.dispatches(epoch)[len(pieces) :]:
+            plan = np.concatenate(training.dispatches(epoch))
+            while (before := len(steps)) < len(plan):
+                some = plan[before : min(before + at_once, (before // each + 1) * each)]
                 began = time.perf_counter()
-                state, metrics = training.steps(state, batches)
-                seconds = time.perf_counter() - began
-                health.check_finite(metrics, epoch, len(pieces) * len(batches))
-                pieces.append(record_of(metrics, training.spec) | {"seconds": seconds})
-                if asked.stop is not None:
-                    save()
-                    raise _stopped(asked.stop, epoch, state)
-                if asked.save and len(pieces) < dispatches:  # the end of an epoch saves anyway
-                    save()
+                state, metrics = training.steps(state, some)
+                seconds = (time.perf_counter() - began) / len(some)
+                at_once = max(1, int(HEED_WITHIN / seconds))
+                health.check_finite(metrics, epoch, before)
+                steps += [r | {"seconds": seconds} for r in records_of(metrics, training.spec)]
+                if len(steps) < len(plan):  # the end of an epoch saves anyway
+                    if asked.stop is not None or asked.save:
+                        save()
+                    if asked.stop is not None:
+                        raise _stopped(asked.stop, epoch, state)
+                    if len(steps) % each == 0:
+                        # The mean since the epoch began, as its last line is of all of it.
+                        report(epoch, len(steps) // each, describe(mean_record(steps)))
                 asked.save = False
-                if len(pieces) < dispatches:
-                    # The mean since the epoch began, as its last line is of all of it.
-                    report(epoch, len(pieces), describe(mean_record(pieces)))
-            record = training.epoch_record(state, epoch, pieces)
+            record = training.epoch_record(state, epoch, steps)
             history.append(record)
-            pieces = []
+            steps = []
             # Before the checkpoint: what comes after it is not made again when a run resumes.
             lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in history)
             write_atomically(out / "metrics.jsonl", lines.encode())

@@ -8,7 +8,6 @@ is read after each of them.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import command
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
@@ -146,10 +146,8 @@ def table(found: dict[str, Any]) -> Table:
 
 def main() -> None:
     """Measure, print, write."""
-    try:
+    with command():
         Console().print(table(run(tyro.cli(Arguments, description=__doc__))))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"anytime.py: error: {error}")
 
 
 if __name__ == "__main__":

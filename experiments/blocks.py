@@ -24,9 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import muon, plain
+from common import command, muon, plain
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
 import ep_jax as ep
@@ -36,6 +35,7 @@ from ep_jax.descriptions import to_json
 from ep_jax.files import new_folder, write_json
 from ep_jax.nnx import Equilibrium
 from ep_jax.presets import NEURONS
+from ep_jax.progress import RunConsole
 from ep_jax.provenance import provenance
 from ep_jax.training import Augmentation
 
@@ -175,7 +175,7 @@ def error(model: Blocks, images: np.ndarray, labels: np.ndarray, batch: int = 50
     return training.error_rate(np.concatenate(parts), labels)
 
 
-def train(settings: Settings, data: Dataset, rule: str, console: Console) -> dict[str, Any]:
+def train(settings: Settings, data: Dataset, rule: str, console: RunConsole) -> dict[str, Any]:
     """Train a model by one rule; what the table tells of it."""
     model = Blocks(
         data.train_images.shape[1:],
@@ -261,8 +261,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     """Train by each rule, tell and write."""
-    settings = tyro.cli(Settings, description=__doc__)
-    console = Console()
+    with command():
+        run(tyro.cli(Settings, description=__doc__))
+
+
+def run(settings: Settings) -> None:
+    """See `main`."""
+    console = RunConsole()
     out = new_folder("out", settings.out, "blocks.json")
     data = load(settings.dataset, data_dir=settings.data_dir)
     if settings.train_images is not None:

@@ -1,9 +1,11 @@
-"""What the experiments share: trainings, exact gradients in float64, agreement, intervals."""
+"""What the experiments share: errors, trainings, exact gradients, agreement, intervals."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from scipy import stats
 
 import ep_jax as ep
 from ep_jax import diagnostics, training
+from ep_jax.cli import told_in_a_line
 from ep_jax.data import Dataset, to_float
 from ep_jax.diagnostics import Agreement
 from ep_jax.optimizers import AdamW, Settings, make_optimizer
@@ -60,6 +63,11 @@ def learn(
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
     state, metrics = jax.jit(run)(state, images, labels, jnp.asarray(batches), step_key)
     return state.params, metrics
+
+
+def command() -> contextlib.AbstractContextManager[None]:
+    """What was wrong with the input of a script, in one line; a reader that went away ends it."""
+    return told_in_a_line(Path(sys.argv[0]).name)
 
 
 def validation_batches(data: Dataset, batches: int, batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,6 @@ The study is docs/studies/frontier.md.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ import tyro
 from common import (
     Journal,
     agreements,
+    command,
     exact_gradients,
     plain,
     validation_batches,
@@ -196,27 +196,29 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def main() -> None:
+    """Parse, run, and say in one line what was wrong where the input was."""
+    with command():
+        run(tyro.cli(Arguments, description=__doc__))
+
+
+def run(arguments: Arguments) -> None:
     """Measure, draw, write."""
-    try:
-        arguments = tyro.cli(Arguments, description=__doc__)
-        out = new_folder("out", arguments.out, "frontier.json")
-        data = load("mnist", data_dir=arguments.data_dir)
-        xs, ys = validation_batches(data, arguments.batches, 64)
-        networks = {
-            age: ep.load_weights(folder)
-            for age, folder in (("early", arguments.early), ("late", arguments.late))
-        }
-        weights = {
-            age: fingerprint(*jax.tree.leaves(params)) for age, (params, _, _) in networks.items()
-        }
-        journal = Journal(
-            arguments.runs / "frontier.jsonl", {"batches": arguments.batches, "weights": weights}
-        )
-        for age, (params, spec, _) in networks.items():
-            exact = exact_gradients(params, spec, xs, ys)
-            study(Subject(age, spec, params, exact, xs, ys), journal)
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"frontier.py: error: {error}")
+    out = new_folder("out", arguments.out, "frontier.json")
+    data = load("mnist", data_dir=arguments.data_dir)
+    xs, ys = validation_batches(data, arguments.batches, 64)
+    networks = {
+        age: ep.load_weights(folder)
+        for age, folder in (("early", arguments.early), ("late", arguments.late))
+    }
+    weights = {
+        age: fingerprint(*jax.tree.leaves(params)) for age, (params, _, _) in networks.items()
+    }
+    journal = Journal(
+        arguments.runs / "frontier.jsonl", {"batches": arguments.batches, "weights": weights}
+    )
+    for age, (params, spec, _) in networks.items():
+        exact = exact_gradients(params, spec, xs, ys)
+        study(Subject(age, spec, params, exact, xs, ys), journal)
     made = provenance()  # before files of the checkout change
     draw(journal.rows, out)
     statement = dataclasses.asdict(arguments)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import STATIC, agreements, exact_gradients, in_float64, plain, validation_batches
+from common import (
+    STATIC,
+    agreements,
+    command,
+    exact_gradients,
+    in_float64,
+    plain,
+    validation_batches,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -204,10 +211,8 @@ def check(arguments: Arguments) -> None:
 
 def main() -> None:
     """Parse, check, and say in one line what was wrong where the input was."""
-    try:
+    with command():
         check(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"gradient_check.py: error: {error}")
 
 
 if __name__ == "__main__":

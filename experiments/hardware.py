@@ -11,13 +11,13 @@ of the phases, of which a straggler makes more. With a tolerance they are the mo
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import tyro
+from common import command
 
 import ep_jax as ep
 from ep_jax.hardware import FLOAT32, FLOAT32_DRAM, INT8, HardwareCost, hardware_cost
@@ -82,12 +82,10 @@ def table(cost: HardwareCost) -> str:
 
 def main() -> None:
     """Print them."""
-    try:
+    with command():
         arguments = tyro.cli(Arguments, description=__doc__)
         for folder in arguments.weights:
             print(f"{folder}\n\n{table(cost_of(folder, arguments.energies))}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"hardware.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -22,7 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import STATIC, STUDIED, Journal, compare, exact_gradients, interval, learn, plain
+from common import (
+    STATIC,
+    STUDIED,
+    Journal,
+    command,
+    compare,
+    exact_gradients,
+    interval,
+    learn,
+    plain,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -488,10 +497,8 @@ def _draw_mechanism(rows: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     """Parse, run, and say in one line what was wrong where the input was."""
-    try:
+    with command():
         tyro.extras.subcommand_cli_from_dict({"gradients": Gradients, "train": Training}).run()
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"pooling.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ python experiments/prune.py --weights runs/digits --dataset digits --out runs/di
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import tyro
+from common import command
 from rich.console import Console
 
 from ep_jax import load_weights, save_weights
@@ -44,10 +44,8 @@ class Arguments:
 
 def main() -> None:
     """Run, and say in one line what was wrong where the input was."""
-    try:
+    with command():
         run(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"prune.py: error: {error}")
 
 
 def run(arguments: Arguments) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import STATIC, agreements, exact_gradients, in_float64, plain, validation_batches
+from common import (
+    STATIC,
+    agreements,
+    command,
+    exact_gradients,
+    in_float64,
+    plain,
+    validation_batches,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -203,10 +210,8 @@ def check(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, check."""
-    try:
+    with command():
         check(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"recurrence.py: error: {error}")
 
 
 if __name__ == "__main__":

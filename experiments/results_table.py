@@ -14,13 +14,13 @@ import itertools
 import json
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+from common import command
 
 from ep_jax.data import DATASETS
 from ep_jax.presets import CAME_LATER, PRESETS
@@ -158,10 +158,8 @@ def table(results: Path) -> str:
 
 def main() -> None:
     """Print it."""
-    try:
+    with command():
         print(table(tyro.cli(Arguments, description=__doc__).results), end="")
-    except (ValueError, OSError) as error:
-        sys.exit(f"results_table.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ All images are validation images; networks are compared on the same ones.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import plain
+from common import command, plain
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -255,10 +254,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write."""
-    try:
+    with command():
         Console().print(table(run(tyro.cli(Arguments, description=__doc__))["rows"]))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"robustness.py: error: {error}")
 
 
 if __name__ == "__main__":

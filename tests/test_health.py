@@ -12,7 +12,7 @@ import pytest
 
 import ep_jax as ep
 from ep_jax import health, training
-from ep_jax.loop import record_of
+from ep_jax.loop import mean_record, records_of
 from ep_jax.optimizers import AdamW, make_optimizer
 from ep_jax.presets import PRESETS
 
@@ -179,7 +179,7 @@ def test_two_nudged_sweeps_of_three_layers_are_complained_of() -> None:
     short = replace(PHASES, sweep="synchronous", nudged=2)
     params = ep.init_params(jax.random.key(1), SPEC)
     alive = tuple(p | {"b": p["b"] + 0.5} for p in params)
-    record = record_of(dispatch(alive, short), SPEC) | {"radius": None}
+    record = mean_record(records_of(dispatch(alive, short), SPEC)) | {"radius": None}
     said = health.complaints(record, SPEC, replace(CONFIG, phases=short))
     assert said.keys() == {"nudged phase", "no gradient"}
     assert said["no gradient"].startswith("layers [1] ")

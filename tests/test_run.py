@@ -323,12 +323,11 @@ def test_a_run_that_is_asked_to_stop_loses_nothing(
     """In the middle of an epoch: it saves, says so, and goes on as if it had not been stopped."""
     config = dataclasses.replace(TINY, epochs=2, steps_per_dispatch=2)
     train(config, tmp_path / "whole")
-    check, calls = run.health.check_finite, []
+    check = run.health.check_finite
 
-    def asks(*args: Any) -> None:
-        check(*args)
-        calls.append(1)
-        if len(calls) == 8:  # the third of five dispatches of the second epoch
+    def asks(metrics: Any, epoch: int, before: int) -> None:
+        check(metrics, epoch, before)
+        if (epoch, before) == (2, 4):  # the third of five dispatches
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patched:
@@ -340,7 +339,7 @@ def test_a_run_that_is_asked_to_stop_loses_nothing(
     console = Console(file=io.StringIO())
     run.train(config, tmp_path / "out", resume=True, console=console)
     assert isinstance(console.file, io.StringIO)
-    assert "resumed in epoch 2, after 3 of 5 dispatches" in console.file.getvalue()
+    assert "resumed in epoch 2, after 6 of 10 steps" in console.file.getvalue()
     assert same_as(tmp_path / "whole", tmp_path / "out")
 
 

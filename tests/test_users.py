@@ -8,12 +8,14 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +64,14 @@ def test_a_pixel_that_is_not_a_number_is_no_answer(neuron: ep.Neuron) -> None:
 
 
 @pytest.mark.usefixtures("nans_allowed")
-@pytest.mark.filterwarnings("ignore:overflow|invalid:RuntimeWarning")
 def test_an_answer_that_is_not_a_number_is_wrong() -> None:
-    """argmax makes class 0 of it, so a network that overflows is right for one image in ten."""
+    """argmax makes class 0 of it, so a broken network is right for one image in ten."""
     spec = ep.NetworkSpec((2, 1, 1), (ep.Dense(2), ep.Dense(3)), ep.Rate())
-    huge = jnp.array([[3e38, 3e38, 3e38], [-3e38, -3e38, -3e38]])
-    params = ({"w": jnp.eye(2), "b": jnp.ones(2)}, {"w": huge, "b": jnp.zeros(3)})
-    # The hidden units' feedback of infinity less infinity is not a number.
-    images = np.full((4, 2, 1, 1), 255, np.uint8)
-    answers, _ = training.predict(params, spec, ep.Phases(12), images)
-    labels = np.zeros(4, int)
+    params = ep.init_params(jax.random.key(0), spec)
+    broken = (params[0], params[1] | {"b": jnp.array([0.0, 0.0, jnp.nan])})
+    answers, _ = training.predict(broken, spec, ep.Phases(12), np.full((4, 2, 1, 1), 255, np.uint8))
     assert answers.tolist() == [-1] * 4
-    assert training.error_rate(answers, labels) == 100
+    assert training.error_rate(answers, np.zeros(4, int)) == 100
 
 
 @pytest.mark.usefixtures("nans_allowed")
@@ -482,3 +480,147 @@ def test_of_many_who_see_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
             threads.submit(take)
     assert len(got) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+SHORT = (*("--preset", "digits", "--epochs", "2", "--train-images", "200"), "--hidden", "8")
+
+
+def spoken(out: Path, *, reader: str = "cat", **settings: str) -> subprocess.CompletedProcess[str]:
+    """A short training whose output somebody reads; the exit status is the training's own."""
+    words = [sys.executable, "experiments/train.py", *SHORT, "--out", str(out)]
+    line = " ".join(map(shlex.quote, words))
+    return subprocess.run(
+        ["bash", "-c", f"{line} | {reader}; exit ${{PIPESTATUS[0]}}"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", ["20", "200"])
+def test_a_log_that_is_told_to_be_coloured_erases_nothing(columns: str, tmp_path: Path) -> None:
+    """FORCE_COLOR in a scheduler's log: a bar drawn a thousand times."""
+    done = spoken(tmp_path / "out", FORCE_COLOR="1", COLUMNS=columns)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"\x1b\[\d*[A-KJ]|\r", done.stdout)
+    assert "epoch 2/2" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_reader(tmp_path: Path) -> None:
+    """``train.py | head -1``: a traceback, and the run is lost."""
+    done = spoken(tmp_path / "out", reader="head -c 1")
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    assert (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_terminal_without_unicode_is_no_error(tmp_path: Path) -> None:
+    """A bar, a multiplication sign or a name that the terminal cannot show, after hours."""
+    done = spoken(tmp_path / "out", PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "result.json").exists()
+
+
+def test_a_dispatch_is_over_before_a_scheduler_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of a hundred slow steps takes minutes; half a minute after SIGTERM comes SIGKILL."""
+    seen: list[int] = []
+    steps = run.Training.steps
+
+    def slow(self: Any, state: Any, batches: Any) -> Any:
+        seen.append(len(batches))
+        clock[0] += 4.0 * len(batches)
+        return steps(self, state, batches)
+
+    clock = [0.0]
+    monkeypatch.setattr(run.Training, "steps", slow)
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(run, "_finish", lambda *_: {})
+    run.train(replace(TINY, epochs=1, batch=10), tmp_path, data=load("digits"))
+    whole = len(np.concatenate(run.Training(replace(TINY, batch=10), load("digits")).dispatches(1)))
+    assert sum(seen) == whole
+    assert max(seen) == 2  # of four seconds each, and ten are heeded
+    (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert record["seconds"] == pytest.approx(4.0 * whole)
+
+
+def test_a_trace_of_numbers_is_stacked() -> None:
+    """A float instead of an array: a traceback from inside."""
+    spec = ep.NetworkSpec((4,), (ep.Dense(5), ep.Dense(3)), ep.Rate())
+    params = ep.init_params(jax.random.key(0), spec)
+    x, phases = jnp.ones(4), ep.Phases(5)
+    _, info = ep.free_phase(params, spec, x, phases, trace=lambda now: {"a": 1.0, "b": now.step})
+    assert info.trace["a"].tolist() == [1.0] * 5
+    assert info.trace["b"].tolist() == [0, 1, 2, 3, 4]
+    odd: Any = lambda now: "a"  # noqa: E731
+    with pytest.raises(TypeError, match="trace returned 'a'; expected arrays or numbers"):
+        ep.free_phase(params, spec, x, phases, trace=odd)
+
+
+@pytest.mark.parametrize(
+    "gradient", [ep.ep_gradient, ep.bptt_gradient, ep.implicit_gradient], ids=lambda g: g.__name__
+)
+def test_a_gradient_is_exported_for_any_batch(gradient: Any) -> None:
+    """``len`` of a symbolic size: a traceback from inside."""
+    spec = ep.NetworkSpec((6, 6, 1), (ep.Conv(2, 3), ep.Dense(3)), ep.Rate())
+    params = ep.init_params(jax.random.key(0), spec)
+    (size,) = jax.export.symbolic_shape("b")
+    dtype = params[0]["w"].dtype
+    given = (
+        params,
+        jax.ShapeDtypeStruct((size, 6, 6, 1), dtype),
+        jax.ShapeDtypeStruct((size,), jnp.int32),
+    )
+    here = (params, jnp.ones((2, 6, 6, 1), dtype), jnp.array([0, 1], jnp.int32))
+    compiled = jax.jit(lambda p, xs, ys: gradient(p, spec, xs, ys, ep.Phases(5, 3))[0])
+    exported = jax.export.export(compiled)(*given)
+    jax.tree.map(np.testing.assert_array_equal, exported.call(*here), compiled(*here))
+    slowest = ep.Phases(5, 3, stragglers=0.5, free_more=2, nudged_more=2)
+    unsized = jax.jit(lambda p, xs, ys: gradient(p, spec, xs, ys, slowest)[0])
+    with pytest.raises(ValueError, match=r"stragglers is 0\.5.* expected 0"):
+        jax.export.export(unsized)(*given)
+
+
+@pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: type(n).__name__)
+def test_gradients_are_the_same_without_jit(neuron: ep.Neuron) -> None:
+    """``JAX_DISABLE_JIT=1``, with which people look for their errors."""
+    spec = ep.NetworkSpec((4,), (ep.Dense(5), ep.Dense(3)), neuron)
+    params = ep.init_params(jax.random.key(0), spec)
+    xs, ys, key = jnp.ones((2, 4)), jnp.array([0, 1]), jax.random.key(1)
+    for gradient, phases in (
+        (ep.ep_gradient, ep.Phases(4, 4, tolerance=1e-3)),
+        (ep.bptt_gradient, ep.Phases(3)),
+        (ep.implicit_gradient, ep.Phases(3)),
+    ):
+        compiled = jax.jit(gradient, static_argnames=("spec", "phases"))
+        wanted, _ = compiled(params, spec, xs, ys, phases, key)
+        with jax.disable_jit():
+            found, _ = gradient(params, spec, xs, ys, phases, key)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Rounded(ep.Rate):
+    """A neuron of a user's whose spikes have no surrogate derivative."""
+
+    def signal(self, state: Any) -> jax.Array:
+        """Whole numbers."""
+        return jnp.round(state.s)
+
+
+def test_bptt_through_what_has_no_derivative_says_so() -> None:
+    """A gradient of zeros below the output, without a word."""
+    spec = ep.NetworkSpec((4,), (ep.Dense(5), ep.Dense(3)), Rounded())
+    params = ep.init_params(jax.random.key(0), spec)
+    xs, ys, phases = jnp.ones((2, 4)), jnp.array([0, 1]), ep.Phases(4)
+    with pytest.raises(ValueError, match=r"neuron is Rounded.* expected one with a surrogate"):
+        ep.bptt_gradient(params, spec, xs, ys, phases)
+    with pytest.raises(ValueError, match="neuron is Rounded"):
+        jax.jit(lambda p: ep.equilibrium(p, spec, xs, phases, derivative=ep.BPTT()))(params)
+    ep.ep_gradient(params, spec, xs, ys, phases)  # which needs no derivative of a spike

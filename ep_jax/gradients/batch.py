@@ -92,8 +92,9 @@ def check(
 ) -> Checked:
     """Raise where an argument of a gradient does not fit the others."""
     xs = check_batch(params, spec, xs, phases, key)
-    ys = network.targets(spec, ys, xs.dtype, (len(xs),))
-    return Checked(xs, ys, keys_of(spec, key, len(xs)))
+    batch = xs.shape[0]  # which may be symbolic, where len would refuse
+    ys = network.targets(spec, ys, xs.dtype, (batch,))
+    return Checked(xs, ys, keys_of(spec, key, batch))
 
 
 class Free(NamedTuple):

@@ -8,10 +8,12 @@ reverse mode the quantiser's is the neuron model's surrogate (`ep_jax.spikes`).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ep_jax import dynamics, network
 from ep_jax.checks import check_choice, check_integer
@@ -19,6 +21,7 @@ from ep_jax.coordinates import Absolute
 from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.gradients.batch import GradientInfo, check
 from ep_jax.network import NetworkSpec, Params, Prepared, State
+from ep_jax.neurons import ACTIVATIONS, Clock, Neuron, relax
 from ep_jax.phases import Phases
 from ep_jax.relaxation import Carry, Relaxation
 
@@ -66,7 +69,7 @@ def bptt_gradient(
         ((3, 4), True)
     """
     given = check(params, spec, xs, ys, phases, key)
-    tracked = check_tracked(phases, tracked, remat)
+    tracked = check_tracked(spec, phases, tracked, remat)
 
     def mean_cost(params: Params) -> tuple[jax.Array, tuple[jax.Array, PhaseInfo]]:
         prepared = network.prepare(params, spec)
@@ -79,8 +82,13 @@ def bptt_gradient(
     return grads, GradientInfo(value, output, mean_info(info))
 
 
-def check_tracked(phases: Phases, tracked: int | None, remat: bool) -> int:
+def check_tracked(spec: NetworkSpec, phases: Phases, tracked: int | None, remat: bool) -> int:
     """Raise where reverse mode cannot go through `phases`; the number of tracked sweeps."""
+    if not _has_derivative(spec.neuron):
+        raise ValueError(f"neuron is {spec.neuron!r}, whose signal has a derivative of zero; "
+                         "expected one with a surrogate derivative (jax.custom_jvp, as in "
+                         "ep_jax.spikes): back-propagation through time would give no gradient to "
+                         "the layers below")  # fmt: skip
     if phases.tolerance is not None:
         raise ValueError(f"phases.tolerance is {phases.tolerance}; expected None: back-propagation "
                          "through time needs a number of sweeps that is known")  # fmt: skip
@@ -94,6 +102,31 @@ def check_tracked(phases: Phases, tracked: int | None, remat: bool) -> int:
                          "free phase")  # fmt: skip
     check_choice("remat", remat, (True, False))
     return tracked
+
+
+@functools.cache
+def _has_derivative(neuron: Neuron) -> bool:
+    """Whether what a neuron receives changes what it sends, as reverse mode sees it.
+
+    Looked at in units of their own for a few sweeps, whose currents go through the whole range of
+    an activation.
+    """
+    activation, sweeps = ACTIVATIONS[neuron.activation], 8
+    currents = np.linspace(-1.0, 2.0, 32, dtype=np.float32)
+
+    def sent(current: jax.Array) -> jax.Array:
+        total = jnp.zeros_like(current)
+        state = neuron.start(total, total)
+        for t in range(sweeps):
+            clock = Clock(jnp.array(t), sweeps, 0, 1, 1.0, 1.0, True, False, False)
+            key = jax.random.key(t) if neuron.stochastic else None
+            state, _ = neuron.step(state, current, functools.partial(relax, activation), clock, key)
+            total = total + neuron.signal(state)
+        return total
+
+    with jax.ensure_compile_time_eval():  # it may be asked while a program is traced
+        passed = jax.jvp(sent, (jnp.asarray(currents),), (jnp.ones_like(currents),))[1]
+        return bool(jnp.any(passed != 0.0))
 
 
 def settled(

@@ -145,7 +145,7 @@ def ep_gradient(
     """
     given = check(params, spec, xs, ys, phases, key)
     check_nudge(spec, phases, phases.beta, given.xs.dtype)
-    batch = len(given.xs)
+    batch = given.xs.shape[0]
     points = nudges(phases, batch, given.xs.dtype, given.keys.estimator)
     free, told = settle(params, spec, given.xs, phases, given.keys.free)
 

@@ -77,7 +77,7 @@ def implicit_gradient(
     gradient_of = jax.vmap(lambda s, y: network.cost_gradient(spec, free.prepared, s, y))
     sources = gradient_of(free.state[-1], given.ys)
     v, info = adjoints(spec, free, sources, tolerance, max_sweeps)
-    batch = len(given.xs)
+    batch = given.xs.shape[0]
     weights = jnp.full(batch, 1 / batch, given.xs.dtype)
     gradient = jax.grad(lambda p: pulled(p, spec, given.xs, free.state, v, weights))(params)
     said = answer(spec, free.prepared, free.state[-1], given.ys)
