@@ -478,6 +478,9 @@ BAD_WORDS: list[tuple[list[str], str]] = [
     (["--augmentation.rotate", "200"], "rotate is 200.0; expected a number in [0, 180]"),
     (["--neuron.decay", "2"], "DeltaCode.decay is 2.0; expected a finite number in (0, 1]"),
     (["--phases.sweep", "random"], "random"),
+    (["--patience", "0"], "patience is 0; expected an integer of at least 1"),
+    (["--keep", "first"], "first"),
+    (["--log", "mlflow"], "mlflow"),
     (["--nonsense", "1"], "--nonsense"),
 ]
 
