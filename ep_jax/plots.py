@@ -61,7 +61,7 @@ def record_free_phase(
 @mpl.rc_context(_STYLE)
 def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss, errors and spikes against epochs, from the records of ``metrics.jsonl``."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     loss, error, spikes = figure.subplots(1, 3)
     epochs = [record["epoch"] for record in history]
     count = max(1, len(history[0]["curve"]["loss"]))
@@ -70,25 +70,30 @@ def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     loss.semilogy(fine, curve["loss"], label="loss")
     loss.semilogy(epochs, [r["residual"] for r in history], "o--", ms=3, label="residual")
     loss.set(title="training loss, residual of the free phase")
-    loss.legend(loc="upper right")  # the best place is slow to find
+    _legend_below(loss)
     error.plot(fine, curve["error"], alpha=0.6, label="training, running")
     validation = [(r["epoch"], r["val_error"]) for r in history if r["val_error"] is not None]
     if validation:
         error.plot(*zip(*validation, strict=True), "o-", ms=3, label="validation")
     error.set_yscale("symlog", linthresh=1.0)  # logarithmic above 1 %, and shows 0
     error.set(ylabel="per cent", title="error", ylim=(0, None))
-    error.legend(loc="upper right")
+    _legend_below(error)
     for phase in ("free", "nudged"):
         totals = [r[f"spikes_{phase}"] for r in history]
         if any(totals):
             spikes.semilogy(epochs, totals, "o-", ms=3, label=f"{phase} phase")
     spikes.set(title="spikes per neuron and phase")
     if spikes.lines:
-        spikes.legend(loc="upper right")
+        _legend_below(spikes)
     for axis in (loss, error, spikes):
         axis.set(xlabel="epoch", xlim=(0, epochs[-1] * 1.02))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def _legend_below(axis: Any) -> None:
+    """A legend that covers nothing; the best place inside takes long to find, and may cover it."""
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
 
 
 @mpl.rc_context(_STYLE)
@@ -115,7 +120,7 @@ def layers(history: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].axhline(UNSETTLED, color="0.6", lw=0.8)
-    axes[0].legend(loc="upper right", fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
