@@ -19,7 +19,7 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """What is printed before the program ends by itself."""
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
-    assert stopped.value.code == 0
+    assert not stopped.value.code
     return capsys.readouterr().out
 
 
