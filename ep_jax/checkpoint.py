@@ -119,7 +119,8 @@ def _typed(array: np.ndarray, precision: str | None) -> jax.Array:
     if precision in _BITS:
         array = array.view(jnp.dtype(precision))
     array = array.astype(array.dtype.newbyteorder("="))  # written on another kind of machine
-    if array.dtype == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
+    kept = jax.dtypes.canonicalize_dtype(array.dtype)
+    if array.dtype == np.float64 and kept != np.float64:
         raise ValueError("float64, which JAX would round to float32; expected JAX_ENABLE_X64=1")
     return jnp.asarray(array)
 
