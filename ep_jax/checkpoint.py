@@ -119,8 +119,7 @@ def _typed(array: np.ndarray, precision: str | None) -> jax.Array:
     if precision in _BITS:
         array = array.view(jnp.dtype(precision))
     array = array.astype(array.dtype.newbyteorder("="))  # written on another kind of machine
-    kept = jax.dtypes.canonicalize_dtype(array.dtype)
-    if array.dtype == np.float64 and kept != np.float64:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise ValueError("float64, which JAX would round to float32; expected JAX_ENABLE_X64=1")
     return jnp.asarray(array)
 
