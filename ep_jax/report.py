@@ -218,7 +218,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return f"<tr>{''.join(marked)}</tr>\n"
 
     body = "".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table>\n{line(head, "th")}{body}</table></div>\n'
+    top = line(head, "th") if any(head) else ""
+    return f'<div class="wide"><table>\n{top}{body}</table></div>\n'
 
 
 def _picture(name: str, figure: Figure) -> str:
