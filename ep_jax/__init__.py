@@ -65,7 +65,6 @@ __all__ = [
     "Skip",
     "Snapshot",
     "State",
-    "__version__",
     "bptt_gradient",
     "diagnostics",
     "energy",
