@@ -146,7 +146,7 @@ def run_benchmark(arguments: Benchmark) -> None:
     made_by = provenance()
     title = f"a gradient of {arguments.preset} on {made_by['device']}"
     table = Table("batch", "method", title=title)
-    for name in ("ms, median", "quartiles", "of backprop", "MiB", "compile, s"):
+    for name in ("ms (quartiles)", "of backprop", "MiB", "compile, s"):
         table.add_column(name, justify="right")
     rows = list(benchmark(config, arguments.batches, arguments.repeats))
     for row in rows:
@@ -154,8 +154,7 @@ def run_benchmark(arguments: Benchmark) -> None:
         table.add_row(
             str(row["batch"]),
             row["method"],
-            f"{1e3 * row['seconds']:.2f}",
-            f"{1e3 * row['low']:.2f} – {1e3 * row['high']:.2f}",
+            f"{1e3 * row['seconds']:.2f} ({1e3 * row['low']:.2f}–{1e3 * row['high']:.2f})",
             f"{row['of_backprop']:.1f}",
             "–" if temporary is None else f"{temporary / 2**20:.1f}",
             f"{row['compile_seconds']:.1f}",
