@@ -117,7 +117,7 @@ def layers(history: Sequence[Mapping[str, Any]]) -> Figure:
             axis.plot(epochs, line, "o-", ms=3, label=f"layer {l}")
         if (values > 0).all():
             axis.set_yscale("log")
-        axis.set(title=title, xlabel="epoch")
+        axis.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].axhline(UNSETTLED, color="0.6", lw=0.8)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -207,6 +207,8 @@ def relaxation(record: Relaxation) -> Figure:
     left.set(xlabel="sweep", title="energy above its last value, $E_t - E_T$")
     right.semilogy(sweeps, np.maximum(record.residual, 1e-12), "o-", ms=3)
     right.set(xlabel="sweep", title=r"residual $\|s_{t+1} - s_t\|$")
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -250,7 +252,8 @@ def filters(params: Params) -> Figure | None:
         return None
     columns = min(8, w.shape[-1])
     rows = -(-w.shape[-1] // columns)
-    figure = Figure(figsize=(0.8 * columns, 0.8 * rows + 0.5), layout="constrained")
+    size = (max(0.8 * columns, 2.6), 0.8 * rows + 0.5)  # the title has to fit as well
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle("kernels of the first layer")
     limit = float(np.abs(w).max()) or 1.0
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
