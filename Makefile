@@ -11,10 +11,10 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
-SOURCES := $(wildcard ep_jax experiments benchmarks tests)
+SOURCES := $(wildcard ep_jax experiments benchmarks tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage lint typecheck env clean
+.PHONY: help demo test test-slow coverage lint typecheck wheel env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ help: ## list the targets
 
 demo: $(RUNTIME) ## train a small network on the digits, from scratch
 	rm -rf runs/demo
-	$(BIN)/python experiments/train.py --preset digits --out runs/demo
+	$(BIN)/ep-jax train --preset digits --out runs/demo
 
 # Most of their time is compilation, which this makes cheaper. The slow ones run fully optimised programs.
 test: $(DEV) ## run the tests
@@ -42,6 +42,9 @@ lint: $(DEV) ## check style and formatting
 typecheck: $(DEV) ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+wheel: $(DEV) ## build the wheel and use it in empty environments
+	$(BIN)/python tools/check_wheel.py
+
 env: $(DEV) ## only set up the environment
 
 clean: ## remove the environment, caches and runs/demo
@@ -49,6 +52,7 @@ clean: ## remove the environment, caches and runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation starts over.
+$(RUNTIME): EXTRA := [cli,digits,plot]
 $(DEV): EXTRA := [dev]
 $(RUNTIME) $(DEV): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c '$(NEW_ENOUGH)' || { \

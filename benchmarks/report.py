@@ -11,7 +11,7 @@ report.md with the tables of all that lie in the folder. PyTorch is compared whe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from rich.console import Console
 from ep_jax.devices import divide_cpu
 from ep_jax.files import write_atomically
 from ep_jax.progress import say
+from ep_jax.tables import markdown
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,6 @@ class Arguments:
     """Devices among which batches are divided, in the parts on speed and accuracy."""
     data_dir: str | None = None
     """Where MNIST data lie; by default TFDS_DATA_DIR."""
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def speed_section(found: dict[str, Any]) -> str:

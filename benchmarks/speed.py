@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from feedforward import feedforward_gradient
 from matplotlib.figure import Figure
 from measure import (
     ALIKE,
@@ -63,6 +62,7 @@ import ep_jax as ep
 from ep_jax import training
 from ep_jax.devices import divide_cpu, placements
 from ep_jax.files import write_json
+from ep_jax.gradients.feedforward import feedforward_gradient
 from ep_jax.loop import optimizer_of
 from ep_jax.presets import PRESETS, Config, spec_of
 from ep_jax.provenance import provenance

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from feedforward import feedforward_gradient
 from matplotlib.figure import Figure
 from measure import PRESET, TEXTBOOK, Gradient, compiled, ep_operations, feedforward_operations
 from rich.console import Console
@@ -31,6 +30,7 @@ from ep_jax.data import Dataset, load
 from ep_jax.devices import divide_cpu, placements
 from ep_jax.diagnostics import spikes_per_neuron
 from ep_jax.files import write_json
+from ep_jax.gradients.feedforward import feedforward_gradient
 from ep_jax.loop import optimizer_of
 from ep_jax.presets import PRESETS, Config, spec_of
 from ep_jax.provenance import provenance

@@ -1,8 +1,9 @@
 """Equilibrium Propagation for convolutional spiking convergent RNNs.
 
 The names a user needs; the modules `ep_jax.data`, `ep_jax.spikes`, `ep_jax.optimizers`,
-`ep_jax.training`, `ep_jax.pruning`, `ep_jax.presets`, `ep_jax.loop`, `ep_jax.run`, `ep_jax.plots`
-and `ep_jax.nnx` (the flax module) load when they are first asked for.
+`ep_jax.training`, `ep_jax.pruning`, `ep_jax.presets`, `ep_jax.loop`, `ep_jax.logs`, `ep_jax.run`,
+`ep_jax.plots`, `ep_jax.report`, `ep_jax.benchmark` and `ep_jax.nnx` (the flax module) load when
+they are first asked for.
 """
 
 import importlib
@@ -33,6 +34,8 @@ from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, Si
 from ep_jax.phases import Phases
 from ep_jax.pools import AvgPool, GlobalAvgPool, MaxPool
 from ep_jax.relaxation import Snapshot
+
+__version__ = "0.2.0"
 
 __all__ = [
     "BPTT",
@@ -77,8 +80,8 @@ __all__ = [
 ]
 
 _LATER = (
-    *("data", "loop", "nnx", "optimizers", "plots"),
-    *("presets", "pruning", "run", "spikes", "training"),
+    *("benchmark", "data", "logs", "loop", "nnx", "optimizers", "plots"),
+    *("presets", "pruning", "report", "run", "spikes", "training"),
 )
 
 

@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,10 +229,13 @@ class Checkpoints:
     Args:
         folder: where they lie.
         identity: what must be the same for a run to resume, as JSON: its configuration.
+        came_later: what it means where a checkpoint of before lacks an entry.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self._identity = identity
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], came_later: Mapping[str, Any] | None = None
+    ) -> None:
+        self._identity, self._came_later = identity, dict(came_later or {})
         self._folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -280,10 +283,9 @@ class Checkpoints:
                 number, args=ocp.args.Composite(record=ocp.args.JsonRestore())
             )["record"]
             _check_format(record, CHECKPOINT_FORMAT)
+            before = self._came_later | record["identity"]
             differing = {
-                k: (record["identity"].get(k), v)
-                for k, v in self._identity.items()
-                if record["identity"].get(k) != v
+                k: (before.get(k), v) for k, v in self._identity.items() if before.get(k) != v
             }
             if differing:
                 came = "; ".join(

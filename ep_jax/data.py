@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from ep_jax.checks import check_choice, check_integer, known
+from ep_jax.extras import extra
 from ep_jax.files import own_path
 from ep_jax.sources import LAYOUTS, Given, Source, find
 
@@ -271,7 +272,8 @@ def _hold_out_last(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _digits() -> Given:
-    from sklearn.datasets import load_digits  # slow, and only needed here
+    with extra("digits"):
+        from sklearn.datasets import load_digits  # slow, and only needed here
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)

@@ -1,5 +1,7 @@
 """Whether to trust a gradient: comparisons, GDU curves, distances, contractivity.
 
+What a network would cost on hardware (`ep_jax.hardware`) is found here as well.
+
 The reference for every network, spiking ones as well, is the exact gradient of its *rate twin*: the
 rate network with the same parameters and activation, at its fixed point (`exact_gradient`).
 
@@ -16,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +28,12 @@ from ep_jax.coordinates import Absolute, Coordinates, Displacement, Nudge, base_
 from ep_jax.dynamics import PhaseInfo, mean_info
 from ep_jax.gradients.batch import check, check_batch, keys_of, settle
 from ep_jax.gradients.implicit import implicit_gradient, rate_sweep
+from ep_jax.hardware import FLOAT32 as FLOAT32
+from ep_jax.hardware import FLOAT32_DRAM as FLOAT32_DRAM
+from ep_jax.hardware import INT8 as INT8
+from ep_jax.hardware import connections as connections
+from ep_jax.hardware import hardware_cost as hardware_cost
+from ep_jax.hardware import synaptic_operations as synaptic_operations
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
 from ep_jax.phases import Phases, optimal_relaxation
@@ -103,6 +112,9 @@ def compare(estimate: Params, exact: Params) -> Agreement:
 
     A layer whose exact gradient is zero has no angle: NaN.
 
+    Raises:
+        AssertionError: they are not gradients of one network.
+
     Example:
         >>> exact = ({"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])},)
         >>> double = ({"w": jnp.array([6.0, 0.0]), "b": jnp.array([8.0])},)
@@ -110,6 +122,9 @@ def compare(estimate: Params, exact: Params) -> Agreement:
         >>> float(agreement.cosine[0]), float(agreement.norm_ratio[0])
         (1.0, 2.0)
     """
+    chex.assert_trees_all_equal_shapes(
+        estimate, exact, custom_message="estimate and exact differ; expected gradients of one spec"
+    )
     both = jax.tree.leaves((estimate, exact))
     with jax.numpy_dtype_promotion("standard"):  # the exact one may have a higher precision
         precision = jnp.result_type(*both)
@@ -405,42 +420,6 @@ def spikes_per_neuron(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) ->
     return sum(float(s) * n for s, n in zip(spikes, sizes, strict=True)) / sum(sizes)
 
 
-def connections(spec: NetworkSpec) -> tuple[int, ...]:
-    """Products of one drive of each layer of one example; its adjoint has as many.
-
-    Connections, counted with those that share a weight. A folded average pool is counted as such.
-
-    Example:
-        >>> connections(NetworkSpec((8,), (Dense(4), Dense(2))))
-        (32, 8)
-    """
-    within = zip(spec.layers[: spec.depth], spec.shapes, strict=False)
-    return tuple(layer.connections(below) for layer, below in within)
-
-
-def synaptic_operations(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) -> float:
-    """Additions that spikes cause at their targets, above and below; of one example.
-
-    The drive by the input, which is no spike train, is not among them.
-
-    Args:
-        spec: the network.
-        spikes: spikes per neuron of each layer, as in `ep_jax.PhaseInfo`.
-
-    Example:
-        >>> spec = NetworkSpec((8,), (Dense(4), Dense(2)))
-        >>> synaptic_operations(spec, (1.5, 2.0))  # 8 connections, used in both directions
-        28.0
-    """
-    reached = [0] * spec.depth
-    for edge in spec.links:
-        count = edge.layer.connections(spec.shapes[edge.source + 1])
-        reached[edge.source] += count
-        reached[edge.target] += count
-    return float(sum(float(s) * n for s, n in zip(spikes, reached, strict=True)))
-
-
-@_with_full_products
 def spectral_radius(
     params: Params, spec: NetworkSpec, x: jax.Array, state: State, iterations: int = 100
 ) -> jax.Array:

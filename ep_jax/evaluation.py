@@ -11,7 +11,10 @@ import numpy as np
 
 from ep_jax import training
 from ep_jax.data import Dataset, to_float
-from ep_jax.diagnostics import AMBIGUOUS, contractivity, feedback_answers, synaptic_operations
+from ep_jax.diagnostics import AMBIGUOUS, contractivity, feedback_answers
+from ep_jax.dynamics import PhaseInfo
+from ep_jax.gradients.ep import ep_gradient
+from ep_jax.hardware import hardware_cost, synaptic_operations
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.phases import Phases
 
@@ -26,7 +29,7 @@ def evaluate(
 
     Returns:
         ``test_error``, ``test_error_4x``; of one inference: ``spikes_per_neuron`` of each layer,
-        and ``synaptic_operations``; and ``recurrence``.
+        and ``synaptic_operations``; ``recurrence``; and ``hardware``.
     """
     answers, info = training.predict(params, spec, phases, data.test_images, key)
     answers_4x, _ = training.predict(params, spec, phases.longer(4), data.test_images, key)
@@ -36,7 +39,15 @@ def evaluate(
         "spikes_per_neuron": [float(s) for s in info.spikes],
         "synaptic_operations": synaptic_operations(spec, info.spikes),
         "recurrence": recurrence_of(params, spec, data),
+        "hardware": hardware_of(params, spec, phases, data, info, key),
     }
+
+
+def held_out(data: Dataset, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first validation images and their labels, or training ones where none are held out."""
+    if len(data.validation_images):
+        return data.validation_images[:images], data.validation_labels[:images]
+    return data.train_images[:images], data.train_labels[:images]
 
 
 def recurrence_of(
@@ -60,10 +71,8 @@ def recurrence_of(
         ``radius_mean`` and ``radius_largest`` of the relaxation, and the share of the images whose
         fixed point depends on the start, ``ambiguous``.
     """
-    held_out = len(data.validation_images) > 0
-    pixels = data.validation_images if held_out else data.train_images
-    labels = (data.validation_labels if held_out else data.train_labels)[:images]
-    xs = jnp.asarray(to_float(pixels[:images]))
+    pixels, labels = held_out(data, images)
+    xs = jnp.asarray(to_float(pixels))
     found = _answers_under(params, spec, xs)
     errors = {
         name: training.error_rate(np.asarray(answers), labels)
@@ -82,6 +91,42 @@ def recurrence_of(
     }
 
 
+def hardware_of(
+    params: Params,
+    spec: NetworkSpec,
+    phases: Phases,
+    data: Dataset,
+    free: PhaseInfo,
+    key: jax.Array | None = None,
+    images: int = 64,
+) -> dict[str, dict[str, float]]:
+    """What an example costs on hardware, see `ep_jax.hardware.hardware_cost`.
+
+    Args:
+        params: parameters.
+        spec: the network.
+        phases: its phases.
+        data: where the images come from that a nudged phase is looked at on.
+        free: what free phases have told.
+        key: random key; a fixed one by default.
+        images: validation images of the nudged phases, or training images where there are none.
+
+    Returns:
+        The fields of `ep_jax.hardware.Cost` of an ``inference`` and of learning by ``ep``, ``bptt``
+        and ``backprop``. ``ep`` is not there where these phases have no gradient by EP.
+    """
+    pixels, labels = held_out(data, images)
+    key = jax.random.key(0) if key is None else key
+    try:
+        _, told = _ep_gradient(params, spec, jnp.asarray(to_float(pixels)), labels, phases, key)
+        info = told._replace(free=free)
+    except ValueError:  # a network trained by another gradient need not have phases for EP
+        info = free
+    costs = hardware_cost(spec, info, phases)._asdict()
+    return {name: cost._asdict() for name, cost in costs.items() if cost is not None}
+
+
+_ep_gradient = jax.jit(ep_gradient, static_argnames=("spec", "phases"))
 _answers_under = jax.jit(feedback_answers, static_argnames=("spec", "phases"))
 _contractivity = jax.jit(
     functools.partial(contractivity, starts=1), static_argnames=("spec", "phases")

@@ -1,14 +1,12 @@
 """The loop of a training, without files, signals and progress: use it, or fork it.
 
     training = Training(config, data)
-    state = training.start()
-    training.compile(state)
+    state = training.compile(training.start())
     for epoch in range(1, config.epochs + 1):
-        for batches in training.dispatches(epoch):
-            state, metrics = training.steps(state, batches)
-        print(epoch, metrics.loss.mean(), training.validation_error(state))
+        state, record = training.epoch(state, epoch)
+        on_epoch(record)
 
-`ep_jax.run.train` is this loop with a folder around it.
+`ep_jax.run.train` is this loop with a folder around it, and `Training.epoch` the loop inside.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ep_jax import training
+from ep_jax import health, training
 from ep_jax.data import Dataset, check_dataset, to_float
 from ep_jax.devices import placements
 from ep_jax.diagnostics import spikes_per_neuron
@@ -79,6 +77,10 @@ class Training:
             data = data._replace(
                 train_images=data.train_images[kept], train_labels=data.train_labels[kept]
             )
+        chooses = config.patience is not None or config.keep == "best"
+        if chooses and not len(data.validation_images):
+            raise ValueError(f"patience is {config.patience} and keep {config.keep!r} without "
+                             "validation images; expected some to choose by")  # fmt: skip
         self.config, self.data = config, data
         self.spec = spec_of(config, shape, data.classes)
         self.compile_seconds = 0.0
@@ -133,6 +135,35 @@ class Training:
         placed = jax.device_put(padded, self._place.batches)
         state, metrics = self._run(state, images, labels, placed, key, np.int32(count))
         return state, jax.tree.map(lambda values: values[:count], jax.device_get(metrics))
+
+    def epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, Record]:
+        """All steps of an epoch, and what it measured. `state` is used up.
+
+        Args:
+            state: as it lies on the devices, from `compile` or the epoch before.
+            epoch: number of the epoch, from 1: it decides the order of the images.
+        """
+        records: list[Record] = []
+        for batches in self.dispatches(epoch):
+            began = time.perf_counter()
+            state, metrics = self.steps(state, batches)
+            seconds = (time.perf_counter() - began) / len(batches)
+            records += [r | {"seconds": seconds} for r in records_of(metrics, self.spec)]
+        return state, self.epoch_record(state, epoch, records)
+
+    def epoch_record(self, state: TrainState, epoch: int, steps: list[Record]) -> Record:
+        """What an epoch measured, from the records of its steps, each with its ``seconds``."""
+        record: Record = {"epoch": epoch, "step": int(state.step)} | mean_record(steps)
+        record["val_error"] = self.validation_error(state)
+        record["radius"] = self.radius(state)
+        record["warnings"] = health.complaints(record, self.spec, self.config)
+        record["seconds"] *= len(steps)
+        dispatches = len(self.dispatches(0))
+        record["curve"] = {
+            name: np.reshape([r[name] for r in steps], (dispatches, -1)).mean(1).tolist()
+            for name in ("loss", "error")
+        }
+        return record
 
     def validation_error(self, state: TrainState) -> float | None:
         """In per cent; ``None`` without validation images."""

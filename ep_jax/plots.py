@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ep_jax.diagnostics import GDU
-from ep_jax.dynamics import free_phase
+from ep_jax.dynamics import UNSETTLED, free_phase
+from ep_jax.extras import extra
 from ep_jax.network import NetworkSpec, Params, energy
 from ep_jax.phases import Phases
 from ep_jax.relaxation import Snapshot
+
+with extra("plot"):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -58,7 +61,7 @@ def record_free_phase(
 @mpl.rc_context(_STYLE)
 def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss, errors and spikes against epochs, from the records of ``metrics.jsonl``."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     loss, error, spikes = figure.subplots(1, 3)
     epochs = [record["epoch"] for record in history]
     count = max(1, len(history[0]["curve"]["loss"]))
@@ -67,25 +70,125 @@ def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     loss.semilogy(fine, curve["loss"], label="loss")
     loss.semilogy(epochs, [r["residual"] for r in history], "o--", ms=3, label="residual")
     loss.set(title="training loss, residual of the free phase")
-    loss.legend()
+    _legend_below(loss)
     error.plot(fine, curve["error"], alpha=0.6, label="training, running")
     validation = [(r["epoch"], r["val_error"]) for r in history if r["val_error"] is not None]
     if validation:
         error.plot(*zip(*validation, strict=True), "o-", ms=3, label="validation")
     error.set_yscale("symlog", linthresh=1.0)  # logarithmic above 1 %, and shows 0
     error.set(ylabel="per cent", title="error", ylim=(0, None))
-    error.legend()
+    _legend_below(error)
     for phase in ("free", "nudged"):
         totals = [r[f"spikes_{phase}"] for r in history]
         if any(totals):
             spikes.semilogy(epochs, totals, "o-", ms=3, label=f"{phase} phase")
     spikes.set(title="spikes per neuron and phase")
     if spikes.lines:
-        spikes.legend()
+        _legend_below(spikes)
     for axis in (loss, error, spikes):
         axis.set(xlabel="epoch", xlim=(0, epochs[-1] * 1.02))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def _legend_below(axis: Any) -> None:
+    """A legend that covers nothing; the best place inside takes long to find, and may cover it."""
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+
+
+@mpl.rc_context(_STYLE)
+def layers(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """What each layer did in each epoch: residual and activity of its free phase, spikes.
+
+    Args:
+        history: the records of ``metrics.jsonl``.
+    """
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    epochs = [record["epoch"] for record in history]
+    shown = {
+        "largest residual of the free phase": "residuals",
+        "activity, mean |s|": "activity",
+        "spikes per neuron, free phase": "spikes_free_per_layer",
+    }
+    for axis, (title, name) in zip(axes, shown.items(), strict=True):
+        values = np.array([record[name] for record in history])
+        for l, line in enumerate(values.T, start=1):
+            axis.plot(epochs, line, "o-", ms=3, label=f"layer {l}")
+        if (values > 0).all():
+            axis.set_yscale("log")
+        axis.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].axhline(UNSETTLED, color="0.6", lw=0.8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+@mpl.rc_context(_STYLE)
+def confusion(answers: np.ndarray, labels: np.ndarray, classes: int) -> Figure:
+    """How often each class was answered for each label.
+
+    Args:
+        answers: classes ``[N]``; -1 is no answer, and is not counted.
+        labels: the right ones.
+        classes: number of classes.
+    """
+    counts = np.zeros((classes, classes), int)
+    there = answers >= 0
+    np.add.at(counts, (labels[there], answers[there]), 1)
+    side = float(np.clip(1.2 + 0.4 * classes, 3.2, 9.0))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axis.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # a few mistakes are to be seen
+    axis.grid(visible=False)
+    axis.set(xlabel="answer", ylabel="label")
+    if classes <= 20:
+        axis.set(xticks=range(classes), yticks=range(classes))
+        for row, column in np.argwhere(counts):
+            colour = "white" if share[row, column] > 0.3 else "black"
+            text = str(counts[row, column])
+            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    return figure
+
+
+@mpl.rc_context(_STYLE)
+def wrong(
+    images: np.ndarray, answers: np.ndarray, labels: np.ndarray, shown: int = 32
+) -> Figure | None:
+    """Images that were answered wrongly; ``None`` where there are none, or they are no images.
+
+    Args:
+        images: ``[N, H, W, C]``.
+        answers: classes ``[N]``.
+        labels: the right ones.
+        shown: how many at most, the first ones.
+    """
+    mistaken = np.flatnonzero(answers != labels)[:shown]
+    if not len(mistaken) or images.ndim != 4:
+        return None
+    columns = min(8, len(mistaken))
+    rows = -(-len(mistaken) // columns)
+    figure = Figure(figsize=(1.2 * columns, 1.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, i in zip(axes, mistaken, strict=False):
+        _show(axis, images[i])
+        said = "none" if answers[i] < 0 else answers[i]
+        axis.set_title(f"{labels[i]}, not {said}", fontsize=9)
+    return figure
+
+
+def _show(axis: Any, image: np.ndarray) -> None:
+    """An image in its colours, or in grey where it has not three; a vector as a line."""
+    if image.ndim != 3:
+        axis.plot(image.ravel(), color="0.3", lw=1)
+    elif image.shape[-1] == 3:
+        low, high = image.min(), image.max()
+        axis.imshow((image - low) / max(high - low, 1e-12) if image.dtype != np.uint8 else image)
+    else:
+        axis.imshow(image.mean(-1), cmap="gray_r")
 
 
 @mpl.rc_context(_STYLE)
@@ -104,6 +207,8 @@ def relaxation(record: Relaxation) -> Figure:
     left.set(xlabel="sweep", title="energy above its last value, $E_t - E_T$")
     right.semilogy(sweeps, np.maximum(record.residual, 1e-12), "o-", ms=3)
     right.set(xlabel="sweep", title=r"residual $\|s_{t+1} - s_t\|$")
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -113,12 +218,12 @@ def raster(spikes: Sequence[np.ndarray], image: np.ndarray, units: int = 60) -> 
 
     Args:
         spikes: tuple over layers of signed spikes ``[T, ...]``.
-        image: the input ``[H, W, C]``.
+        image: the input ``[H, W, C]`` or ``[features]``.
         units: most units shown of each layer, evenly spaced among those that spike.
     """
     figure = Figure(figsize=(2.6 * (len(spikes) + 1), 3.2), layout="constrained")
     first, *rest = figure.subplots(1, len(spikes) + 1)
-    first.imshow(image.mean(-1), cmap="gray_r")
+    _show(first, image)
     first.set(title="input", xticks=[], yticks=[])
     first.grid(visible=False)
     for l, (axis, layer) in enumerate(zip(rest, spikes, strict=True), start=1):
@@ -147,7 +252,8 @@ def filters(params: Params) -> Figure | None:
         return None
     columns = min(8, w.shape[-1])
     rows = -(-w.shape[-1] // columns)
-    figure = Figure(figsize=(0.8 * columns, 0.8 * rows + 0.5), layout="constrained")
+    size = (max(0.8 * columns, 2.6), 0.8 * rows + 0.5)  # the title has to fit as well
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle("kernels of the first layer")
     limit = float(np.abs(w).max()) or 1.0
     axes = figure.subplots(rows, columns, squeeze=False).ravel()

@@ -142,6 +142,12 @@ class Config:
     augmentation: Augmentation = field(default_factory=Augmentation)
     """How the training images are varied."""
 
+    patience: int | None = None
+    """Stop when the validation error has not fallen for so many epochs; by default never."""
+    keep: Literal["last", "best"] = "last"
+    """The weights that the run ends with: the last epoch's, or those of the lowest validation
+    error."""
+
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("gradient", self.gradient, GRADIENTS)
@@ -183,9 +189,16 @@ class Config:
         if len(self.channels) != len(self.kernels):
             raise ValueError(f"kernels is {self.kernels}; expected one kernel for each of the "
                              f"{len(self.channels)} entries of channels")  # fmt: skip
+        if self.patience is not None:
+            check_integer("patience", self.patience, at_least=1)
+        check_choice("keep", self.keep, ("last", "best"))
         depth = 1 + (len(self.layers) or len(self.channels) + len(self.hidden))
         for name in ("layer_rates", "layer_decays"):
             check_layer_factors(name, getattr(self, name), depth)
+
+
+CAME_LATER: dict[str, Any] = {"patience": None, "keep": "last"}
+"""Fields that records of earlier versions lack, and what these runs did."""
 
 
 def _named(name: str, value: str, kinds: dict[str, Any]) -> Any:
@@ -363,3 +376,26 @@ PRESETS: dict[str, Config] = {
     "fashion_mnist_sigma_delta": replace(_FASHION, neuron=_SIGMA_DELTA, phases=_SLOW_PHASES),
 }
 """Complete runs by name. Feedback is 1 but in those called weak, feedforward or backprop."""
+
+
+def about(config: Config) -> str:
+    """A run in a line.
+
+    Example:
+        >>> about(PRESETS["mnist_rate"])
+        'mnist: Rate, EP, feedback 1, 9 (+20) + 6 (+8) sweeps, 24 epochs'
+    """
+    phases = config.phases
+    sweeps = _sweeps(phases.free, phases.free_more)
+    if config.gradient == "ep":
+        sweeps += " + " + _sweeps(phases.nudged, phases.nudged_more)
+    gradient = {"ep": "EP", "bptt": "BPTT", "implicit": "implicit"}[config.gradient]
+    return (
+        f"{config.dataset}: {type(config.neuron).__name__}, {gradient}, feedback "
+        f"{config.feedback:g}, {sweeps} {'sweep' if sweeps == '1' else 'sweeps'}, "
+        f"{config.epochs} {'epoch' if config.epochs == 1 else 'epochs'}"
+    )
+
+
+def _sweeps(of_all: int, of_stragglers: int) -> str:
+    return f"{of_all} (+{of_stragglers})" if of_stragglers else str(of_all)

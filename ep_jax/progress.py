@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
-from rich.text import Text
 
+from ep_jax.extras import extra
 from ep_jax.loop import Record
 from ep_jax.network import NetworkSpec
 from ep_jax.presets import Config
+
+with extra("cli"):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column, Table
+    from rich.text import Text
 
 Report: TypeAlias = Callable[[int, int, str], None]
 
@@ -97,6 +100,7 @@ _METHODS = {
     "bptt": "back-propagation through time",
     "implicit": "implicit differentiation",
 }
+_SHORT = {"ep": "EP", "bptt": "BPTT", "backprop": "backprop"}
 
 
 def summary(config: Config, dataset: str, spec: NetworkSpec, result: Record, out: Path) -> Table:
@@ -125,6 +129,9 @@ def summary(config: Config, dataset: str, spec: NetworkSpec, result: Record, out
         "validation error; feedback cut; another image's",
         "; ".join(f"{error:.2f} %" for error in errors),
     )
+    for name, cost in result["hardware"].items():
+        what = "an inference" if name == "inference" else f"learning an image by {_SHORT[name]}"
+        table.add_row(f"{what}, estimated for 45 nm", f"{1e6 * cost['joules']:.3g} µJ")
     nudged = f" + {config.phases.nudged} nudged" if config.gradient == "ep" else ""
     table.add_row("sweeps", f"{config.phases.free} free{nudged}")
     table.add_row("layers", " - ".join(str(s) for s in map(np.prod, spec.state_shapes)))

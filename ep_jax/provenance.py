@@ -11,26 +11,22 @@ from typing import Any
 
 import jax
 
+import ep_jax
+
 
 def provenance() -> dict[str, Any]:
     """Commit, versions and device: what made a result."""
-    packages = ("jax", "jaxlib", "numpy", "optax", "ep_jax")
+    packages = ("jax", "jaxlib", "numpy", "optax")
     device = jax.devices()[0]
     return {
         "commit": _commit(),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in packages},
+            **{name: importlib.metadata.version(name) for name in packages},
+            "ep_jax": ep_jax.__version__,
         },
         "device": f"{device.platform}: {device.device_kind}, {os.cpu_count()} CPU cores",
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
-        return "unknown"
 
 
 def _commit() -> str:

@@ -3,7 +3,8 @@
 This is where the loop of `ep_jax.loop` is driven and where input and output happen.
 
 Files in the run's folder: ``config.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoints/``,
-and, at the end, ``result.json``, ``weights.npz``, and ``figures/*.png``.
+and, at the end, ``result.json``, ``weights.npz``, ``figures/*.png`` and ``report.html``; with
+``keep="best"`` also ``best/``.
 """
 
 from __future__ import annotations
@@ -21,16 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
-from ep_jax import health, plots
-from ep_jax.checkpoint import Checkpoints, save_weights
+from ep_jax import health, selection
+from ep_jax.checkpoint import Checkpoints, load_weights, save_weights
 from ep_jax.claims import claimed
-from ep_jax.data import Dataset, load, to_float
+from ep_jax.data import Dataset, load
 from ep_jax.descriptions import to_json
 from ep_jax.evaluation import evaluate
+from ep_jax.extras import extra
 from ep_jax.files import (
     check_plain,
     check_unused,
@@ -42,10 +42,13 @@ from ep_jax.files import (
 )
 from ep_jax.loop import Record, Training, mean_record, records_of
 from ep_jax.network import Params
-from ep_jax.presets import Config
+from ep_jax.presets import CAME_LATER, Config
 from ep_jax.progress import RunConsole, describe, progress, say, summary
 from ep_jax.provenance import provenance
 from ep_jax.training import TrainState
+
+with extra("cli"):
+    from rich.console import Console
 
 HEED_WITHIN = 10.0
 """Seconds after which signals are looked at, or one step: schedulers kill half a minute after the
@@ -124,7 +127,7 @@ def _train(
         data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
     training = Training(config, data)
     state = training.start()
-    checkpoints = Checkpoints(out / "checkpoints", _identity(config, data))
+    checkpoints = Checkpoints(out / "checkpoints", _identity(config, data), CAME_LATER)
     made_by = [provenance()]
     history: list[Record] = []  # of epochs
     steps: list[Record] = []  # of the epoch under way
@@ -146,6 +149,11 @@ def _train(
     at_once = 1  # step: nobody knows yet how long it takes
     with _heeding_signals() as asked, progress(console, config.epochs, dispatches) as report:
         for epoch in range(len(history) + 1, config.epochs + 1):
+            if selection.is_over(history, config.patience):
+                best = selection.best_epoch(history)
+                say(console, f"stopped after epoch {epoch - 1}: the lowest validation error was "
+                    f"that of epoch {best}")  # fmt: skip
+                break
             plan = np.concatenate(training.dispatches(epoch))
             while (before := len(steps)) < len(plan):
                 some = plan[before : min(before + at_once, (before // each + 1) * each)]
@@ -164,13 +172,18 @@ def _train(
                         # The mean since the epoch began, as its last line is of all of it.
                         report(epoch, len(steps) // each, describe(mean_record(steps)))
                 asked.save = False
-            record = _epoch_record(training, state, epoch, steps)
+            record = training.epoch_record(state, epoch, steps)
             history.append(record)
             steps = []
             # Before the checkpoint: what comes after it is not made again when a run resumes.
             lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in history)
             write_atomically(out / "metrics.jsonl", lines.encode())
+            if config.keep == "best":
+                params = jax.device_get(state.params)
+                selection.keep_if_best(out / "best", history, params, training.spec, config.phases)
             save()
+            if config.keep == "best":
+                selection.forget_others(out / "best", history)
             report(epoch, dispatches, describe(record))
             for kind in record["warnings"].keys() - warned:
                 say(console, f"warning: {record['warnings'][kind]}", "yellow")
@@ -193,21 +206,6 @@ def _identity(config: Config, data: Dataset) -> dict[str, Any]:
     return decides | {"data": fingerprint(*data[1:])}
 
 
-def _epoch_record(training: Training, state: TrainState, epoch: int, steps: list[Record]) -> Record:
-    """What an epoch measured, from what its steps did."""
-    record: Record = {"epoch": epoch, "step": int(state.step)} | mean_record(steps)
-    record["val_error"] = training.validation_error(state)
-    record["radius"] = training.radius(state)
-    record["warnings"] = health.complaints(record, training.spec, training.config)
-    record["seconds"] *= len(steps)
-    dispatches = len(training.dispatches(0))
-    record["curve"] = {
-        name: np.reshape([r[name] for r in steps], (dispatches, -1)).mean(1).tolist()
-        for name in ("loss", "error")
-    }
-    return record
-
-
 def _finish(
     training: Training,
     state: TrainState,
@@ -218,11 +216,16 @@ def _finish(
 ) -> Record:
     """Evaluate, and write result, weights and figures."""
     config, spec, data = training.config, training.spec, training.data
-    params = jax.device_get(state.params)
+    params, epoch = jax.device_get(state.params), len(history)
+    if config.keep == "best":
+        epoch = selection.best_epoch(history)
+        params, *_ = load_weights(selection.folder_of(out / "best", epoch))
     save_weights(out, params, spec, config.phases)  # before anything that may fail
     result = {
         **evaluate(params, spec, config.phases, data, training.eval_key),
         "val_error": [r["val_error"] for r in history],
+        "weights_of_epoch": epoch,
+        "stopped_early": len(history) < config.epochs,
         "last_epoch": {name: v for name, v in history[-1].items() if name != "curve"},
         "seconds_per_epoch": float(np.median([r["seconds"] for r in history])),
         "compile_seconds": training.compile_seconds,
@@ -234,8 +237,10 @@ def _finish(
     }
     write_json(out / "result.json", result)
     # The run is complete: what fails now is told, and no more.
+    figures: dict[str, Any] = {}
     for what, show in (
-        ("figures", lambda: _draw(out / "figures", training, params, history)),
+        ("figures", lambda: figures.update(_draw(out, training, params, history))),
+        ("report.html", lambda: _report(out, result, history, figures)),
         ("the summary", lambda: console.print(summary(config, data.name, spec, result, out))),
     ):
         try:
@@ -296,21 +301,22 @@ def _stopped(number: int, epoch: int, state: TrainState) -> StoppedError:
     )
 
 
-def _draw(folder: Path, training: Training, params: Params, history: list[Record]) -> None:
-    data = training.data
-    folder.mkdir(exist_ok=True)
-    # Validation images: the test set is for the result alone.
-    some = data.validation_images[:64] if len(data.validation_images) else data.train_images[:64]
-    xs = jnp.asarray(to_float(some))
-    seen = plots.record_free_phase(
-        params, training.spec, training.config.phases, xs, training.eval_key
-    )
-    figures = {
-        "learning_curve": plots.learning_curve(history),
-        "relaxation": plots.relaxation(seen),
-        "raster": plots.raster(seen.spikes, some[0]),
-        "filters": plots.filters(params),
-    }
+# Matplotlib is an extra, and slow to load.
+
+
+def _draw(out: Path, training: Training, params: Params, history: list[Record]) -> dict[str, Any]:
+    """Write the figures and return them. Test images are for the result alone."""
+    from ep_jax.report import figures_of
+
+    spec, phases = training.spec, training.config.phases
+    figures = figures_of(params, spec, phases, history, training.data, training.eval_key)
+    (out / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
-        if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=150)
+        figure.savefig(out / "figures" / f"{name}.png", dpi=150)
+    return figures
+
+
+def _report(out: Path, result: Record, history: list[Record], figures: dict[str, Any]) -> None:
+    from ep_jax.report import write
+
+    write(out, result, history, figures)

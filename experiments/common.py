@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from scipy import stats
 
 import ep_jax as ep
 from ep_jax import diagnostics, training
+from ep_jax.cli import told_in_a_line
 from ep_jax.data import Dataset, to_float
 from ep_jax.diagnostics import Agreement
 from ep_jax.optimizers import AdamW, Settings, make_optimizer
@@ -66,18 +65,9 @@ def learn(
     return state.params, metrics
 
 
-@contextlib.contextmanager
-def command() -> Iterator[None]:
+def command() -> contextlib.AbstractContextManager[None]:
     """What was wrong with the input of a script, in one line; a reader that went away ends it."""
-    name = Path(sys.argv[0]).name
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
-        sys.exit(128 + signal.SIGPIPE)  # as a shell reports it
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"{name}: error: {error}")
+    return told_in_a_line(Path(sys.argv[0]).name)
 
 
 def validation_batches(data: Dataset, batches: int, batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,55 +1,18 @@
-"""Test error of saved weights, at the sweeps they were trained with and at four times as many.
+"""Test error of saved weights, at their own sweeps and at four times as many: ``ep-jax evaluate``.
 
 python experiments/evaluate.py --weights runs/digits --dataset digits --json out.json
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+import sys
 
-import tyro
-from common import command
-
-from ep_jax import load_weights
-from ep_jax.data import load
-from ep_jax.evaluation import evaluate
-from ep_jax.files import check_unused, make_folder, own_path, write_json
-from ep_jax.provenance import provenance
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Test error of saved weights."""
-
-    weights: Path
-    """Folder of a training, or shipped weights."""
-    dataset: str
-    """digits, mnist or fashion_mnist."""
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
-    """File to write the result to."""
-    data_dir: Path | None = None
-    """Where the data lie; by default TFDS_DATA_DIR."""
+from ep_jax.cli import command
 
 
 def main() -> None:
     """Evaluate, print and write."""
-    with command():
-        arguments = tyro.cli(Arguments, description=__doc__)
-        file = None
-        if arguments.json_file is not None:
-            file = own_path("json", arguments.json_file)
-            check_unused("json", file.parent, file.name)
-            make_folder("json", file.parent)
-        params, spec, phases = load_weights(arguments.weights)
-        data = load(arguments.dataset, data_dir=arguments.data_dir)
-        result = evaluate(params, spec, phases, data)
-        if file is not None:
-            written = {"weights": str(arguments.weights), "dataset": arguments.dataset}
-            write_json(file, written | result | provenance())
-        print(json.dumps(result, indent=2))
+    command("evaluate", sys.argv[1:], "evaluate.py", __doc__)
 
 
 if __name__ == "__main__":

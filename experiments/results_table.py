@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ import tyro
 from common import command
 
 from ep_jax.data import DATASETS
-from ep_jax.presets import PRESETS
+from ep_jax.presets import CAME_LATER, PRESETS
+from ep_jax.tables import markdown
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,15 @@ def sweeps(phases: dict[str, Any], phase: str) -> str:
     return f"{phases[phase]} (+{more})" if more else str(phases[phase])
 
 
+def neurons(described: str | dict[str, Any]) -> str:
+    """The neuron model in words; older files hold its name alone."""
+    name = described["type"] if isinstance(described, dict) else described
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ").lower()
+
+
 def row(dataset: str, name: str, found: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """One line: the runs of one name, which differ in their seed alone."""
-    configs = [{k: v for k, v in f["config"].items() if k != "seed"} for f in found]
+    configs = [{k: v for k, v in (CAME_LATER | f["config"]).items() if k != "seed"} for f in found]
     if any(config != configs[0] for config in configs):
         raise ValueError(f"{dataset}/{name} holds runs whose configurations differ in more than "
                          "the seed; expected runs of one preset")  # fmt: skip
@@ -100,7 +108,7 @@ def row(dataset: str, name: str, found: Sequence[dict[str, Any]]) -> tuple[str, 
     return (
         dataset,
         f"`{name}`",
-        config["neuron"].replace("_", " "),
+        neurons(config["neuron"]),
         "backprop" if "backprop" in name else config["gradient"].upper(),
         f"{config['epochs']}; {', '.join(str(f['seed']) for f in found)}",
         "/".join(sweeps(config["phases"], phase) for phase in ("free", "nudged")[: 1 + ep_run]),
@@ -145,8 +153,7 @@ def table(results: Path) -> str:
     if not rows:
         raise ValueError(f"results is {str(results)!r}; expected a folder with "
                          "DATASET/NAME/seedN.json")  # fmt: skip
-    lines = [HEAD, ["---"] * len(HEAD), *itertools.chain(*rows.values())]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(HEAD, itertools.chain(*rows.values()))
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import scaling
 import time_to_accuracy
-from feedforward import feedforward_gradient
 
 import ep_jax as ep
+from ep_jax.gradients.feedforward import feedforward_gradient
 
 TINY = ep.NetworkSpec(
     (8, 8, 1), (ep.Conv(3, 3), ep.Conv(4, 2, pool=None), ep.Dense(6), ep.Dense(3)), ep.Rate()

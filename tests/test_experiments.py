@@ -11,6 +11,7 @@ import anytime
 import common
 import frontier
 import gradient_check
+import hardware
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -242,6 +243,32 @@ def test_results_become_a_table(tmp_path: Path) -> None:
         results_table.table(tmp_path)
     with pytest.raises(ValueError, match="expected a folder with DATASET/NAME"):
         results_table.table(tmp_path / "mnist" / "single")
+
+
+def test_neuron_models_in_words() -> None:
+    """Older files hold a name, newer ones a description."""
+    assert results_table.neurons("delta_code") == "delta code"
+    assert results_table.neurons({"type": "SigmaDelta", "lam": 0.5}) == "sigma delta"
+
+
+def test_the_hardware_of_saved_weights(tmp_path: Path) -> None:
+    """Spikes from the result file; half of the images make four sweeps more."""
+    spec = ep.NetworkSpec((8,), (ep.Dense(4), ep.Dense(2)), ep.DeltaCode())
+    phases = ep.Phases(10, 5, 0.1, "one_sided", stragglers=0.5, free_more=4, nudged_more=2)
+    ep.save_weights(tmp_path, ep.init_params(jax.random.key(0), spec), spec, phases)
+    result: dict[str, Any] = {"spikes_per_neuron": [1.5, 2.0]}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    cost = hardware.cost_of(tmp_path, "float32")
+    assert cost.inference.macs == 32 + 12 * 6 * 2
+    assert cost.inference.acs == 28
+    assert "learning by EP" not in hardware.table(cost)  # an older file
+    result["last_epoch"] = {"spikes_nudged_per_layer": [0.5, 0.0]}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    cost = hardware.cost_of(tmp_path, "int8")
+    assert cost.ep is not None
+    assert cost.ep.acs == 28 + 2 * 2
+    assert cost.ep.macs == 32 + (12 + 6) * 6 * 2 + 48 + 46
+    assert "| learning by EP | 0.0 |" in hardware.table(cost)
 
 
 def test_spoiled_images_are_what_they_are_said_to_be() -> None:

@@ -119,7 +119,8 @@ def test_the_life_of_a_run(config: Config, when: int) -> None:
     """Killed twice and moved between: the same weights as undisturbed, which answer alike."""
     steps = 2 * -(-len(SOME.train_images) // config.batch)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run, "_draw", lambda *_: None)
+        patched.setattr(run, "_draw", lambda *_: {})
+        patched.setattr(run, "_report", lambda *_: None)
         folder = Path(name)
         result = train(config, folder / "whole")
         out = folder / "here"

@@ -59,7 +59,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For runs of which other files are looked at."""
-    monkeypatch.setattr(run, "_draw", lambda *args: None)
+    monkeypatch.setattr(run, "_draw", lambda *args: {})
+    monkeypatch.setattr(run, "_report", lambda *args: None)
 
 
 @pytest.fixture
@@ -94,11 +95,13 @@ def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
         assert 0 <= m["unsettled"] <= 1
         assert 0 < m["radius"]["mean"] <= m["radius"]["largest"]
     assert {p.stem for p in (finished / "figures").glob("*.png")} == {
-        "learning_curve",
-        "relaxation",
-        "raster",
-        "filters",
+        *("learning_curve", "layers", "relaxation", "raster", "filters", "confusion", "wrong")
     }
+    assert (finished / "report.html").stat().st_size > 100_000
+    costs = result["hardware"]
+    assert set(costs) == {"inference", "ep", "bptt", "backprop"}
+    assert 0 < costs["inference"]["joules"] < costs["ep"]["joules"] < costs["bptt"]["joules"]
+    assert (result["weights_of_epoch"], result["stopped_early"]) == (3, False)
 
 
 def test_the_result_is_what_the_weights_give(finished: Path) -> None:
@@ -475,6 +478,9 @@ BAD_WORDS: list[tuple[list[str], str]] = [
     (["--augmentation.rotate", "200"], "rotate is 200.0; expected a number in [0, 180]"),
     (["--neuron.decay", "2"], "DeltaCode.decay is 2.0; expected a finite number in (0, 1]"),
     (["--phases.sweep", "random"], "random"),
+    (["--patience", "0"], "patience is 0; expected an integer of at least 1"),
+    (["--keep", "first"], "first"),
+    (["--log", "mlflow"], "mlflow"),
     (["--nonsense", "1"], "--nonsense"),
 ]
 

@@ -365,19 +365,22 @@ def test_weights_that_this_session_would_round_are_refused(tmp_path: Path) -> No
             ep.load_weights(tmp_path)
 
 
+@pytest.mark.parametrize(("part", "what"), [("_draw", "figures"), slow("_report", "report.html")])
 def test_a_complete_run_does_not_fail_by_its_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After hours of training: a traceback, an exit status of 1, and nobody knows what there is."""
 
     def full(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(run, "_draw", full)
+    monkeypatch.setattr(run, part, full)
     monkeypatch.setattr(run, "evaluate", lambda *_: {"test_error": 1.0})  # no summary of that
-    with pytest.warns(UserWarning, match=r"figures failed: .*No space left.*; the result is in"):
+    said = rf"{what} failed: .*No space left.*; the result is in"
+    with pytest.warns(UserWarning, match=said):
         result = run.train(replace(TINY, epochs=1), tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert (tmp_path / "report.html").is_file() == (part == "_draw")  # without figures, if need be
 
 
 def test_weights_are_there_before_anything_may_fail(

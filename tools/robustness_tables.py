@@ -1,17 +1,18 @@
 """The tables of docs/robustness.md, from what kills.py, matrix.py and mutants.py found.
 
-python tests/robustness_tables.py --results results/robustness
+python tools/robustness_tables.py --results results/robustness
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+
+from ep_jax.tables import markdown
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,6 @@ class Arguments:
 
     results: Path
     """Folder with kills.json, matrix.json and mutants.json."""
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in r] for r in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def kills(found: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
 """Kill a training at random moments, resume it, and compare it with one that was left alone.
 
-    python tests/kills.py --kills 20 --out runs/kills
+    python tools/kills.py --kills 20 --out runs/kills
 
 Every killed run must end with the weights and metrics of the uninterrupted one, bit for bit. Half
-of the kills come at a moment drawn from the whole run, from compilation to figures, half of them
+of the kills come at a moment drawn from the whole run, from compilation to the report, half of them
 while a checkpoint is being written. A run that was faster than its kill does not count. For a CPU,
 whose results are bit-equal from run to run.
 """
@@ -128,7 +128,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for number in itertools.count():
         while_writing = len(rows) % 2 == 1
-        length = ended(whole, "metrics.jsonl" if while_writing else "figures/filters.png")
+        length = ended(whole, "metrics.jsonl" if while_writing else "report.html")
         out = arguments.out / f"killed{number}"
         row = kill(out, arguments.epochs, random_moments.uniform(0, length), while_writing)
         if row is None:

@@ -1,6 +1,6 @@
 """Every bad input that the tests know, with the message it gets, as Markdown.
 
-python tests/bad_inputs.py > docs/bad_inputs.md
+python tools/bad_inputs.py > docs/bad_inputs.md
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from pathlib import Path
 from unittest import mock
 
 import jax
-import test_checkpoint
-import test_data
-import test_input_checks
-import test_run
 import tyro
 
 import ep_jax as ep
 from ep_jax.data import load
+from ep_jax.tables import markdown
 
-sys.path.insert(0, str(test_run.ROOT / "experiments"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "experiments")]
+
+import test_checkpoint  # noqa: E402
+import test_data  # noqa: E402
+import test_input_checks  # noqa: E402
+import test_run  # noqa: E402
 
 
 def said(call: Callable[[], object]) -> str:
@@ -43,6 +46,12 @@ def said(call: Callable[[], object]) -> str:
 def told(folder: str, call: Callable[[], object]) -> str:
     """`said`, whatever folder and addresses in memory it was this time."""
     return re.sub("0x[0-9a-f]+", "0x...", said(call).replace(folder, "DIR"))
+
+
+def in_a_line(message: str) -> str:
+    """A message without the usage that comes before, and the rules around it."""
+    message = re.sub(r"^usage:.*(?=train.py: error)|-{4,}", "", message, flags=re.DOTALL)
+    return " ".join(message.split())
 
 
 def library() -> Iterator[tuple[str, str]]:
@@ -102,13 +111,10 @@ PARTS = {
 def main() -> None:
     """Print the table."""
     tyro.cli(lambda: None, description=__doc__)
-    print("# Bad input, and what it is told\n\nMade by `python tests/bad_inputs.py`.")
+    print("# Bad input, and what it is told\n\nMade by `python tools/bad_inputs.py`.")
     for part, cases in PARTS.items():
-        print(f"\n## {part}\n\n| input | message |\n|---|---|")
-        for name, message in cases():
-            # Without the usage that comes before, and the rules around it.
-            message = re.sub(r"^usage:.*(?=train.py: error)|-{4,}", "", message, flags=re.DOTALL)
-            print(f"| {name} | {' '.join(message.split())} |".replace("'|'", "'\\|'"))
+        rows = [(name, in_a_line(message)) for name, message in cases()]
+        print(f"\n## {part}\n\n{markdown(('input', 'message'), rows)}", end="")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The suite under stricter rules, other precisions, other versions and more devices.
 
-    python tests/matrix.py --out runs/matrix
-    python tests/matrix.py --out runs/matrix --only tracer_leaks python3.13
+    python tools/matrix.py --out runs/matrix
+    python tools/matrix.py --out runs/matrix --only tracer_leaks python3.13
 
 Rows that ask for another Python make an environment of their own, with the interpreter found on the
 path; a Python that is not there is reported as such.
