@@ -35,6 +35,7 @@ def images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.kron(coarse, np.ones((1, 4, 4, 1))).astype(np.float32), np.arange(count) % 10
 
 
+@pytest.mark.slow
 def test_gradient_check_of_saved_weights(tmp_path: Path) -> None:
     """A network nobody trained: at weak feedback its rate gradients are exact, and so says it."""
     layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))
@@ -172,6 +173,7 @@ def test_the_answer_after_each_sweep() -> None:
         np.testing.assert_allclose(spikes[sweeps - 1], info.spikes, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_pruned_weights_answer_as_before(tmp_path: Path) -> None:
     """A network of which two channels and three units never wake."""
     layers = (ep.Conv(4, 3, padding="SAME"), ep.Dense(8), ep.Dense(10))

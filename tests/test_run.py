@@ -24,6 +24,7 @@ from rich.console import Console
 import ep_jax as ep
 from ep_jax import evaluation, plots, run, training
 from ep_jax.data import from_arrays, load, to_float
+from ep_jax.descriptions import to_json
 from ep_jax.gradients import GRADIENTS
 from ep_jax.health import DivergedError
 from ep_jax.loop import Training
@@ -58,6 +59,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For runs of which other files are looked at."""
     monkeypatch.setattr(run, "_draw", lambda *args: None)
+
+
+@pytest.fixture
+def without_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs of which the training is looked at: it ends with the weights, not evaluated."""
+
+    def finish(training: Training, state: Any, history: Any, out: Path, console: Any) -> Any:
+        del history, console
+        params = jax.device_get(state.params)
+        ep.save_weights(out, params, training.spec, training.config.phases)
+        return {"config": to_json(training.config)}
+
+    monkeypatch.setattr(run, "_finish", finish)
 
 
 def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
@@ -191,7 +205,7 @@ def test_a_free_phase_is_recorded_at_full_size(preset: str) -> None:
     assert [s.shape[1:] for s in seen.spikes] == list(spec.state_shapes)
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_results")
 @pytest.mark.skipif(len(jax.local_devices()) < 2, reason="there is one device")
 def test_a_batch_divided_among_devices(tmp_path: Path) -> None:
     """Half a batch learned, or a mean over the devices of what is no mean."""
@@ -228,7 +242,7 @@ class KilledError(Exception):
     """Stands for a machine that went away."""
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_results")
 def test_a_resumed_run_is_the_uninterrupted_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +265,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert same_as(finished, tmp_path / "out")
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_results")
 def test_a_run_with_muon_and_a_cap_learns_resumes_and_keeps_to_it(tmp_path: Path) -> None:
     """The state of this optimiser is another one; its links stay below the cap."""
     config = dataclasses.replace(TINY, optimizer="muon", learning_rate=0.05, cap=0.5)
@@ -296,8 +310,10 @@ def in_foreground() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("in_foreground", "without_figures")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("in_foreground", "without_results")
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_asked_to_stop_loses_nothing(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +361,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shape or a setting that changes from epoch to epoch."""
@@ -379,7 +396,7 @@ def test_another_runs_checkpoint_is_refused(finished: Path) -> None:
         train(other, finished, resume=True)
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_results")
 def test_an_unreadable_checkpoint_is_an_error(tmp_path: Path) -> None:
     """Not a silent fresh start, which would lose the run."""
     out = tmp_path / "out"
