@@ -87,11 +87,8 @@ class Conv(Layer):
         if self.features % self.groups:
             raise ValueError(f"Conv.groups is {self.groups}; expected a divisor of the "
                              f"{self.features} features")  # fmt: skip
-
-    @property
-    def linear(self) -> bool:
-        """Whether the pool is."""
-        return self._pool is None or self._pool.linear
+        # No field: it follows from the pool.
+        object.__setattr__(self, "linear", self._pool is None or self._pool.linear)
 
     @property
     def _pool(self) -> Pool | None:

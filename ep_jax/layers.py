@@ -62,13 +62,11 @@ class Layer:
         [0.0, 0.0, 2.0]
     """
 
-    @property
-    def linear(self) -> bool:
-        """Whether the drive is linear in the state; a class says ``linear = False`` where not.
+    linear: bool = True
+    """Whether the drive is linear in the state; a class says ``linear = False`` where it is not.
 
-        What is not linear costs twice the work, and precision in displacement coordinates.
-        """
-        return True
+    What is not linear costs twice the work, and precision in displacement coordinates.
+    """
 
     def output_shape(self, below: Shape) -> Shape:
         """Shape of the layer's state; ``ValueError`` where one of shape `below` does not fit."""

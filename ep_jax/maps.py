@@ -68,10 +68,8 @@ class Pool:
         (1, 6, 4)
     """
 
-    @property
-    def linear(self) -> bool:
-        """Whether it is linear in the state; a class says ``linear = False`` where it is not."""
-        return True
+    linear: bool = True
+    """Whether it is linear in the state; a class says ``linear = False`` where it is not."""
 
     def output_shape(self, shape: Shape) -> Shape:
         """Shape ``(H', W', C)`` of the result; ``ValueError`` where it does not fit."""

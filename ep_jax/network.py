@@ -84,8 +84,8 @@ class Normalization:
         [-1.0, 2.0]
     """
 
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    mean: tuple[float, ...] | float = (0.0,)
+    std: tuple[float, ...] | float = (1.0,)
 
     def __post_init__(self) -> None:
         for name, least in (("mean", -math.inf), ("std", 0.0)):
@@ -106,7 +106,8 @@ class Normalization:
 
     def check(self, input_shape: Shape) -> None:
         """Raise where inputs of a shape have another number of channels."""
-        for name, values in (("mean", self.mean), ("std", self.std)):
+        for name in ("mean", "std"):
+            values = getattr(self, name)
             if len(values) not in (1, input_shape[-1]):
                 raise ValueError(f"normalization.{name} is {values}; expected 1 number, or "
                                  f"{input_shape[-1]} for inputs {input_shape}")  # fmt: skip

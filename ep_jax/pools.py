@@ -92,10 +92,7 @@ class MaxPool(_Windowed):
         (6, 4, 8)
     """
 
-    @property
-    def linear(self) -> bool:
-        """See `Pool`."""
-        return False
+    linear = False
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """See `Pool`."""

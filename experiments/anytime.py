@@ -37,7 +37,7 @@ class Arguments:
     """Error, spikes and synaptic operations after every sweep."""
 
     weights: Path
-    """Folder with weights.npz and network.json."""
+    """Folder of a training, or shipped weights."""
     dataset: str
     """digits, mnist or fashion_mnist."""
     out: Path

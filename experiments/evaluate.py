@@ -25,7 +25,7 @@ class Arguments:
     """Test error of saved weights."""
 
     weights: Path
-    """Folder with weights.npz and network.json."""
+    """Folder of a training, or shipped weights."""
     dataset: str
     """digits, mnist or fashion_mnist."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None

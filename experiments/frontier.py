@@ -50,11 +50,8 @@ CODES: dict[str, ep.Neuron] = {
     ),
 }
 SWEEPS = ((6, 4), (8, 6), (12, 8), (16, 12), (24, 16), (40, 30))
-STRAGGLERS = (
-    {},
-    {"stragglers": 0.125, "free_more": 16, "nudged_more": 14},
-    {"stragglers": 0.25, "free_more": 12, "nudged_more": 10},
-)
+MORE = {"free_more": PRESET.free_more, "nudged_more": PRESET.nudged_more}
+STRAGGLERS = ({}, *({"stragglers": share} | MORE for share in (0.0625, PRESET.stragglers, 0.25)))
 QUANTA = (
     *({"scale": scale} for scale in (0.4, 0.6, 1.0, 1.4)),
     *({"shrink": shrink} for shrink in (0.3, 0.7)),

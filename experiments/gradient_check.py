@@ -42,7 +42,7 @@ class Arguments:
     out: Path
     """Folder for check.json and the figures."""
     weights: Path | None = None
-    """Folder with weights.npz and network.json."""
+    """Folder of a training, or shipped weights."""
     preset: str | None = None
     """Preset whose network at initialisation is checked where there are no weights."""
     dataset: str | None = None

@@ -28,7 +28,7 @@ class Arguments:
     """Saved weights without their silent units."""
 
     weights: Path
-    """Folder with weights.npz and network.json."""
+    """Folder of a training, or shipped weights."""
     dataset: str
     """digits, mnist or fashion_mnist: what the weights were trained on."""
     out: Path

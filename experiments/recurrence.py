@@ -49,7 +49,7 @@ class Arguments:
     """Is a trained network recurrent, does it settle, and is its gradient right?"""
 
     weights: Path
-    """Folder with weights.npz and network.json."""
+    """Folder of a training, or shipped weights."""
     dataset: str
     """digits, mnist or fashion_mnist."""
     out: Path

@@ -13,12 +13,18 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 
 import ep_jax as ep
 from ep_jax.network import parameters_of
 
 Tree: TypeAlias = Any
+
+
+def slow(*values: Any) -> Any:
+    """A case of a parametrized test that ``make test`` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def attempt(call: Callable[[], Any]) -> Any:
@@ -46,7 +52,7 @@ def make_batch(spec: ep.NetworkSpec, size: int, seed: int = 1) -> tuple[jax.Arra
     """Random inputs in [0, 1] and labels, of which no two neighbours are equal."""
     rng = np.random.default_rng(seed)
     xs = rng.uniform(size=(size, *spec.input_shape))
-    return jnp.asarray(xs), jnp.asarray(np.arange(size) % spec.layers[-1].features)
+    return jnp.asarray(xs), jnp.asarray(np.arange(size) % spec.classes)
 
 
 def make_state(spec: ep.NetworkSpec, seed: int = 2) -> tuple[jax.Array, ...]:
@@ -55,11 +61,12 @@ def make_state(spec: ep.NetworkSpec, seed: int = 2) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(rng.uniform(size=shape)) for shape in spec.state_shapes)
 
 
-def affine(layer: ep.Conv | ep.Dense, p: Tree, below: jax.Array) -> jax.Array:
+def affine(layer: ep.Layer, p: Tree, below: jax.Array) -> jax.Array:
     """``A(s)`` of one layer as the papers write it: convolution, bias, then the pool."""
-    bias = p.get("b", jnp.zeros(layer.features, p["w"].dtype))
+    bias = p.get("b", jnp.zeros(p["w"].shape[-1], p["w"].dtype))
     if isinstance(layer, ep.Dense):
         return below.reshape(-1) @ p["w"] + bias
+    assert isinstance(layer, ep.Conv)
     out = jax.lax.conv_general_dilated(
         below[None],
         p["w"],
@@ -70,11 +77,13 @@ def affine(layer: ep.Conv | ep.Dense, p: Tree, below: jax.Array) -> jax.Array:
         feature_group_count=layer.groups,
     )
     out = out[0] + jnp.broadcast_to(bias, out[0].shape)
-    pool = {"avg": ep.AvgPool(), "max": ep.MaxPool()}.get(layer.pool, layer.pool)
+    named: Any = {"avg": ep.AvgPool(), "max": ep.MaxPool()}
+    pool = named[layer.pool] if isinstance(layer.pool, str) else layer.pool
     if pool is None:
         return out
     if isinstance(pool, ep.GlobalAvgPool):
         return out.mean((0, 1), keepdims=True)
+    assert isinstance(pool, ep.AvgPool | ep.MaxPool)
     size, step = (pool.size,) * 2, (pool.stride or pool.size,) * 2
     window = {"window_dimensions": (*size, 1), "window_strides": (*step, 1), "padding": "VALID"}
     if isinstance(pool, ep.MaxPool):
@@ -118,7 +127,7 @@ def reference_nudge(params: Tree, spec: ep.NetworkSpec, last: jax.Array, y: jax.
 
 
 def one_hot(spec: ep.NetworkSpec, ys: jax.Array) -> jax.Array:
-    return jnp.eye(spec.layers[-1].features)[ys]
+    return jnp.eye(spec.classes)[ys]
 
 
 def exact_gradient(params: Tree, spec: ep.NetworkSpec, xs: Any, ys: Any, steps: int) -> Tree:

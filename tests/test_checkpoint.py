@@ -83,7 +83,7 @@ def test_weights_of_format_1_mean_what_they_meant(tmp_path: Path) -> None:
     """A default of today that gets into a network of then: another code, another relaxation."""
     code = ep.DeltaCode(0.5, 0.6, 1.0, 0.7, 0.4)
     spec = ep.NetworkSpec((8,), (ep.Dense(4), ep.Dense(3)), neuron=code, feedback=0.05)
-    arrays = {
+    arrays: dict[str, Any] = {
         f"layer{i}.{name}": value
         for i, p in enumerate(ep.init_params(jax.random.key(0), spec), 1)
         for name, value in p.items()
@@ -154,10 +154,11 @@ def damage_truncate(folder: Path) -> None:
 def described(folder: Path, change: Callable[[Any], Any]) -> None:
     """Change what weights say of their network, which is JSON."""
     with np.load(folder / "weights.npz") as arrays:
-        kept = dict(arrays)
+        kept: dict[str, Any] = dict(arrays)
     record = change(json.loads(str(kept["network"])))
     text = record if isinstance(record, str) else json.dumps(record)
-    np.savez(folder / "weights.npz", **kept | {"network": np.array(text)})
+    kept["network"] = np.array(text)
+    np.savez(folder / "weights.npz", **kept)
 
 
 def damage_garbage(folder: Path) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import flat, make_batch, make_params, relative_error
+from helpers import flat, make_batch, make_params, relative_error, slow
 from own import Local, Softened
 
 import ep_jax as ep
@@ -68,7 +68,8 @@ def start(spec: ep.NetworkSpec, gain: float = 0.4) -> tuple[Any, jax.Array]:
 
 def gradients(spec: ep.NetworkSpec, derivative: Any, **settings: Any) -> Any:
     """``(params, xs, scale) -> gradients`` of a loss that no cost of the library is."""
-    phases = ep.Phases(**{"free": 150, "nudged": 150} | settings)
+    settings = {"free": 150, "nudged": 150} | settings
+    phases = ep.Phases(**settings)
     readout = jnp.asarray(np.random.default_rng(1).normal(size=spec.state_shapes[-1]))
 
     def loss(params: Any, xs: jax.Array, scale: Any) -> jax.Array:
@@ -80,7 +81,12 @@ def gradients(spec: ep.NetworkSpec, derivative: Any, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "coordinates"), [*((name, "displacement") for name in SPECS), ("skips", "absolute")]
+    ("name", "coordinates"),
+    [
+        ("skips", "displacement"),
+        *(slow(name, "displacement") for name in SPECS if name != "skips"),
+        slow("skips", "absolute"),
+    ],
 )
 def test_ep_approaches_the_exact_derivative(name: str, coordinates: Any) -> None:
     """Any term of psi, any sign, transpose, skip or power of alpha; of parameters and of inputs.
@@ -117,6 +123,7 @@ def test_the_scale_of_a_loss_is_a_factor() -> None:
         assert relative_error(scaled, one) < 1e-12
 
 
+@pytest.mark.slow
 def test_an_output_that_nobody_pulls_at_has_no_derivative() -> None:
     """A division by the size of a cotangent that is zero."""
     spec = SPECS["skips"]
@@ -131,7 +138,9 @@ def test_an_output_that_nobody_pulls_at_has_no_derivative() -> None:
     assert (of_inputs[1:] == 0).all()
 
 
-@pytest.mark.parametrize("derivative", [ep.EP(), ep.BPTT(tracked=9, remat=True), ep.Implicit()])
+@pytest.mark.parametrize(
+    "derivative", [ep.EP(), slow(ep.BPTT(tracked=9, remat=True)), slow(ep.Implicit())]
+)
 def test_it_composes_with_what_jax_does_to_functions(derivative: Any) -> None:
     """A rule that `vmap` over seeds, a checkpoint, a scan or another precision breaks."""
     spec = SPECS["ends in a convolution"]
@@ -211,6 +220,7 @@ def test_a_caller_who_never_looks_is_warned(way: str, derivative: Any) -> None:
         run(60)
 
 
+@pytest.mark.slow
 def test_spiking_networks_learn_as_by_ep_gradient() -> None:
     """Spikes that code a cotangent more coarsely than they do a cost's."""
     spec = ep.NetworkSpec((8, 6, 2), SPECS["folded pool"].layers, feedback=1.0)

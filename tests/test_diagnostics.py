@@ -130,7 +130,7 @@ def test_ep_and_bptt_agree_sweep_by_sweep(name: str) -> None:
             expected = np.asarray(curves.bptt_params[l][kind])
             atol = 1e-6 * np.abs(expected).max()
             np.testing.assert_allclose(curves.ep_params[l][kind], expected, rtol=0, atol=atol)
-        units = bptt_state.mean(1).reshape(10, -1, spec.layers[l].features).sum(1)
+        units = bptt_state.mean(1).reshape(10, -1, spec.state_shapes[l][-1]).sum(1)
         np.testing.assert_allclose(curves.bptt_params[l]["b"], units, rtol=0, atol=1e-14)
     truncated = jax.jit(ep.bptt_gradient, static_argnames=("spec", "phases", "tracked"))(
         params, spec, xs, ys, phases, tracked=10

@@ -20,6 +20,7 @@ from helpers import (
     reference_cost,
     reference_current,
     reference_nudge,
+    slow,
 )
 
 import ep_jax as ep
@@ -103,10 +104,10 @@ def test_sweeps_update_layers_in_their_order(sweep: Any) -> None:
         (ep.Rate(), "alternating"),
         (ep.Rate(), "ordered"),
         (ep.SigmaDelta(), "alternating"),
-        (ep.SigmaDelta(decode="signal"), "ordered"),
+        slow(ep.SigmaDelta(decode="signal"), "ordered"),
         (ep.DeltaCode(), "ordered"),
-        (ep.Bernoulli(), "alternating"),
-        (ep.IntegrateFire(), "ordered"),
+        slow(ep.Bernoulli(), "alternating"),
+        slow(ep.IntegrateFire(), "ordered"),
     ],
 )
 def test_the_opening_leaves_out_zeros_alone(

@@ -21,6 +21,7 @@ from helpers import (
     one_hot,
     reference_cost,
     relative_error,
+    slow,
 )
 
 import ep_jax as ep
@@ -181,7 +182,9 @@ POOLED: dict[str, Any] = {
 
 def winners(spec: ep.NetworkSpec, params: Any, state: Any, l: int) -> jax.Array:
     """Which of its four units wins each window of the max-pooled layer ``l``."""
-    layer = dataclasses.replace(spec.layers[l], pool=None)
+    pooled = spec.layers[l]
+    assert isinstance(pooled, ep.Conv)
+    layer = dataclasses.replace(pooled, pool=None)
     z = affine(layer, params[l], state[l - 1])
     windows = z.reshape(z.shape[0] // 2, 2, z.shape[1] // 2, 2, -1).transpose(0, 2, 4, 1, 3)
     return windows.reshape(-1, 4).argmax(-1)
@@ -463,7 +466,7 @@ def test_jit_changes_nothing() -> None:
 # Precision.
 
 
-@pytest.mark.parametrize("of", [ep.ep_gradient, ep.bptt_gradient, ep.implicit_gradient])
+@pytest.mark.parametrize("of", [ep.ep_gradient, slow(ep.bptt_gradient), slow(ep.implicit_gradient)])
 def test_images_of_less_precision_than_the_parameters(of: Any) -> None:
     """What is cut to the images' float32 on its way; numbers that both hold are chosen."""
     layers = (ep.Conv(2, 3), ep.Conv(2, 3, "max", "SAME"), ep.Dense(3))

@@ -108,7 +108,8 @@ def test_any_json_is_refused_in_one_way(record: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ep.save_weights(folder, ep.init_params(jax.random.key(0), SPEC), SPEC, ep.Phases())
         with np.load(Path(folder) / "weights.npz") as arrays:
-            kept = dict(arrays) | {"network": np.array(json.dumps(record))}
+            kept: dict[str, Any] = dict(arrays)
+        kept["network"] = np.array(json.dumps(record))
         np.savez(Path(folder) / "weights.npz", **kept)
         with pytest.raises(ValueError, match=r"weights\.npz is unreadable or foreign"):
             ep.load_weights(folder)

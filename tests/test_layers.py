@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import affine, make_params, make_state, reference_phi
+from helpers import affine, make_params, make_state, reference_phi, slow
 from jax.test_util import check_grads
 
 import ep_jax as ep
@@ -194,12 +194,12 @@ def test_shapes_follow_lax() -> None:
     [
         (ep.Conv(3, 3), (8, 8, 2)),  # folded, in blocks
         (ep.Conv(3, 3, padding="SAME"), (6, 4, 2)),  # framed on all sides
-        (ep.Conv(3, 2, padding="SAME"), (6, 4, 2)),  # folded, padded on one side in the blocks
+        slow(ep.Conv(3, 2, padding="SAME"), (6, 4, 2)),  # folded, padded on one side in the blocks
         (ep.Conv(2, 5, padding="SAME"), (6, 6, 17)),  # one position of the window at a time
-        (ep.Conv(3, 2), (5, 7, 2)),  # folded, but odd: framed by a row and a column of zeros
-        (ep.Conv(3, 3, padding="SAME"), (6, 4, 20)),  # the same, one position at a time
+        slow(ep.Conv(3, 2), (5, 7, 2)),  # folded, but odd: framed by a row and a column of zeros
+        slow(ep.Conv(3, 3, padding="SAME"), (6, 4, 20)),  # the same, one position at a time
         (ep.Conv(2, 1), (4, 4, 65)),
-        (ep.Conv(3, 4, "max", "SAME"), (6, 4, 2)),
+        slow(ep.Conv(3, 4, "max", "SAME"), (6, 4, 2)),
     ],
 )
 def test_all_ways_to_convolve_are_one(layer: Any, below: tuple[int, ...]) -> None:

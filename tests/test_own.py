@@ -19,10 +19,11 @@ from own import Lazy, Local, Softened, huber
 import ep_jax as ep
 from ep_jax.descriptions import from_json, to_json
 
+LAZINESS: Any = np.float32(0.75)  # a number to us, though not to a type checker
 SPEC = ep.NetworkSpec(
     (8, 8, 1),
     (Local(4), ep.Conv(6, 3, padding="SAME"), Softened(12), ep.Dense(3)),
-    neuron=Lazy(np.float32(0.75)),
+    neuron=Lazy(LAZINESS),
     cost=huber,
     skips=(ep.Skip(1, 3, ep.Dense(12)),),
 )
@@ -46,6 +47,7 @@ def batch() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(xs, jnp.float32), jnp.asarray(ys)
 
 
+@pytest.mark.slow
 def test_own_parts_train_and_load_in_another_program(tmp_path: Path) -> None:
     """A part that only the library's own layers, neurons and costs survive."""
     xs, ys = batch()
@@ -106,9 +108,10 @@ def test_a_type_that_is_gone_is_named(path: str, said: str) -> None:
 
 def test_numpy_numbers_are_numbers() -> None:
     """A spec that a sweep over ``np.arange`` made, and JSON that refuses it."""
-    spec = ep.NetworkSpec(
-        (np.int64(3),), (ep.Dense(np.int32(2)),), ep.Rate(np.float64(0.5)), feedback=np.float32(0.5)
-    )
+    size: Any = np.int64(3)
+    units: Any = np.int32(2)
+    half: Any = np.float32(0.5)
+    spec = ep.NetworkSpec((size,), (ep.Dense(units),), ep.Rate(half), feedback=half)
     plain = ep.NetworkSpec((3,), (ep.Dense(2),), ep.Rate(0.5), feedback=0.5)
     assert from_json(json.loads(json.dumps(to_json(spec)))) == plain
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_batch, make_params, relative_error
+from helpers import flat, make_batch, make_params, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,6 +83,7 @@ def test_ep_is_bptt_at_rest(spec: ep.NetworkSpec, coordinates: Any, seed: int) -
     assert relative_error(gradient(params, spec, xs, ys, settled), exact) < 1e-4
 
 
+@pytest.mark.slow
 @few
 @given(networks(RATES + SPIKING, ["avg"]), phases, seeds)
 def test_folded_is_unfolded(spec: ep.NetworkSpec, phases: ep.Phases, seed: int) -> None:
@@ -94,6 +95,7 @@ def test_folded_is_unfolded(spec: ep.NetworkSpec, phases: ep.Phases, seed: int) 
     assert relative_error(found, plain) < 1e-9
 
 
+@pytest.mark.slow
 @few
 @given(networks(RATES + SPIKING), phases, seeds)
 def test_a_batch_is_its_examples_in_any_order(
@@ -122,6 +124,7 @@ def with_permuted_channels(spec: ep.NetworkSpec, tree: Any, l: int, order: np.nd
     return (*tree[:l], here, above, *tree[l + 2 :])
 
 
+@pytest.mark.slow
 @few
 @given(networks(RATES + SPIKING), phases, seeds)
 def test_channels_have_no_order(spec: ep.NetworkSpec, phases: ep.Phases, seed: int) -> None:
@@ -129,13 +132,15 @@ def test_channels_have_no_order(spec: ep.NetworkSpec, phases: ep.Phases, seed: i
     hypothesis.assume(len(spec.layers) > 1)
     params, (xs, ys) = make_params(spec, seed), make_batch(spec, 2, seed)
     found = gradient(params, spec, xs, ys, phases)
+    hypothesis.assume(np.linalg.norm(flat(found)) > 0)  # two sweeps may say nothing at all
     for l in range(len(spec.layers) - 1):
-        order = np.roll(np.arange(spec.layers[l].features), 1)
+        order = np.roll(np.arange(spec.state_shapes[l][-1]), 1)
         permuted = with_permuted_channels(spec, params, l, order)
         expected = with_permuted_channels(spec, found, l, order)
         assert relative_error(gradient(permuted, spec, xs, ys, phases), expected) < 1e-9
 
 
+@pytest.mark.slow
 @few
 @given(networks(RATES), phases, seeds)
 def test_single_precision_is_enough(spec: ep.NetworkSpec, phases: ep.Phases, seed: int) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import flat, make_batch, make_params
+from helpers import flat, make_batch, make_params, slow
 
 import ep_jax as ep
 from ep_jax.pruning import activity, prune
@@ -36,8 +36,8 @@ def silenced(spec: ep.NetworkSpec) -> Any:
 @pytest.mark.parametrize(
     ("neuron", "cost", "estimator", "coordinates"),
     [
-        (ep.Rate, "cross_entropy", "one_sided", "displacement"),
-        (ep.DeltaCode, "squared_error", "one_sided", "displacement"),
+        slow(ep.Rate, "cross_entropy", "one_sided", "displacement"),
+        slow(ep.DeltaCode, "squared_error", "one_sided", "displacement"),
         (ep.SigmaDelta, "squared_error", "symmetric", "absolute"),
     ],
 )

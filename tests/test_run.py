@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import slow
 from rich.console import Console
 
 import ep_jax as ep
@@ -112,7 +113,7 @@ def test_the_result_is_what_the_weights_give(finished: Path) -> None:
     assert training.error_rate(answers, data.test_labels) == result["test_error_4x"]
 
 
-@pytest.mark.parametrize(("shape", "classes"), [((28, 20, 1), 26), ((32, 32, 3), 10)])
+@pytest.mark.parametrize(("shape", "classes"), [((28, 20, 1), 26), slow((32, 32, 3), 10)])
 def test_a_run_on_ones_own_arrays(shape: tuple[int, ...], classes: int, tmp_path: Path) -> None:
     """Ten classes, grey or square images built in; a saved network that forgot how to normalise."""
     rng = np.random.default_rng(0)
@@ -145,7 +146,7 @@ def test_a_run_on_ones_own_arrays(shape: tuple[int, ...], classes: int, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "shown"),
-    [("bptt", "back-propagation through time"), ("implicit", "implicit differentiation")],
+    [slow("bptt", "back-propagation through time"), ("implicit", "implicit differentiation")],
 )
 def test_a_run_by_another_gradient(
     name: Any, shown: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -205,6 +206,7 @@ def test_a_free_phase_is_recorded_at_full_size(preset: str) -> None:
     assert [s.shape[1:] for s in seen.spikes] == list(spec.state_shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_results")
 @pytest.mark.skipif(len(jax.local_devices()) < 2, reason="there is one device")
 def test_a_batch_divided_among_devices(tmp_path: Path) -> None:
@@ -441,6 +443,7 @@ def test_evaluate_script_agrees_with_the_result(finished: Path, tmp_path: Path) 
     assert checked["test_error_4x"] == result["test_error_4x"]
 
 
+@pytest.mark.slow
 def test_train_script_overrides_a_preset(tmp_path: Path) -> None:
     """The command of the README, with fields overridden at every level."""
     done = script(
@@ -462,7 +465,7 @@ BAD_WORDS: list[tuple[list[str], str]] = [
     (["--feedback", "2"], "feedback is 2.0; expected a finite number in (0, 1]"),
     (["--phases.beta", "0"], "beta is 0"),
     (["--kernels", "3"], "expected one kernel for each"),
-    (["--padding", "VALID", "--kernels", "2", "2"], "does not divide"),
+    (["--padding", "VALID", "--kernels", "2", "2"], "does not fit"),
     (["--dataset", "mnist", "--data-dir", "/nowhere"], "download_and_prepare"),
     (["--devices", "7"], "devices is 7; expected a divisor of the batch"),
     (["--epochs", "0"], "epochs is 0; expected an integer of at least 1"),

@@ -18,6 +18,7 @@ from helpers import (
     one_hot,
     reference_current,
     relative_error,
+    slow,
 )
 
 import ep_jax as ep
@@ -267,10 +268,10 @@ CONSTANT: Any = {"epsilon_power": 0.0, "epsilon_floor": 0.0}
     [
         ep.Rate(epsilon_power=0.3),
         ep.DeltaCode(),
-        ep.DeltaCode(decay=0.8),
-        ep.SigmaDelta(lam_power=0.0, **CONSTANT),
-        ep.Bernoulli(**CONSTANT),
-        ep.IntegrateFire(),
+        slow(ep.DeltaCode(decay=0.8)),
+        slow(ep.SigmaDelta(lam_power=0.0, **CONSTANT)),
+        slow(ep.Bernoulli(**CONSTANT)),
+        slow(ep.IntegrateFire()),
     ],
     ids=str,
 )
@@ -494,6 +495,7 @@ def test_recurrence_of_a_linear_network_is_a_solve() -> None:
         np.testing.assert_allclose(getattr(found, name), expected)
 
 
+@pytest.mark.slow
 def test_suggested_phases_settle_every_input() -> None:
     """An omega of another radius; sweeps that are enough for most, or more than are needed."""
     spec = dense(ep.Rate())

@@ -248,8 +248,8 @@ def test_predict_refuses_images_it_would_misread() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 1), np.uint8)
     with pytest.raises(TypeError, match=r"images has dtype int32; expected uint8"):
         training.predict(params, SPEC, PHASES, pixels.astype(np.int32))
-    answers = [
+    first, second = (
         training.predict(params, SPEC, PHASES, images)[0]
         for images in (pixels, pixels.astype(np.float32) / 255)
-    ]
-    np.testing.assert_array_equal(*answers)
+    )
+    np.testing.assert_array_equal(first, second)
