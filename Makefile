@@ -25,7 +25,7 @@ demo: $(RUNTIME) ## train a small network on the digits, from scratch
 	rm -rf runs/demo
 	$(BIN)/python experiments/train.py --preset digits --out runs/demo
 
-# Most of their time is compilation, which this halves. The slow ones run fully optimised programs.
+# Most of their time is compilation, which this makes cheaper. The slow ones run fully optimised programs.
 test: $(DEV) ## run the tests
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 

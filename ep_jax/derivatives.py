@@ -61,10 +61,14 @@ class EP:
     Estimator, coordinates, sweeps and beta are those of the phases. Memory does not grow with the
     number of sweeps. In reverse mode only.
 
-    Example: see `equilibrium`, whose default it is.
-
-        >>> EP()
-        EP()
+    Example:
+        >>> spec = NetworkSpec((3,), (ep_jax.Dense(4), ep_jax.Dense(2)), neuron=ep_jax.Rate())
+        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> phases = Phases(free=20, nudged=20, estimator="symmetric")
+        >>> def loss(xs):
+        ...     return equilibrium(params, spec, xs, phases, derivative=EP()).sum()
+        >>> jax.grad(loss)(jnp.ones((5, 3))).shape
+        (5, 3)
     """
 
     def settle(

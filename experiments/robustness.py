@@ -34,7 +34,7 @@ from rich.table import Table
 from scipy import ndimage
 
 import ep_jax as ep
-from ep_jax import diagnostics, network
+from ep_jax import diagnostics, network, training
 from ep_jax.data import load, to_float
 from ep_jax.files import make_folder, write_json
 from ep_jax.provenance import provenance
@@ -148,10 +148,12 @@ class Network:
     def __init__(self, weights: Path, arguments: Arguments) -> None:
         params, spec, phases = ep.load_weights(weights)
         self.name, self._batch, self._starts = weights.name, arguments.batch, arguments.starts
+        self._network = (params, spec, phases)
         twin, long = diagnostics.rate_twin(spec), ep.Phases(free=arguments.exact_sweeps)
-        own = outputs_of(params, spec, phases, ep.EP())
-        known = {"ep": own, "exact": outputs_of(params, twin, long, ep.BPTT())}
-        self._answers = jax.jit(lambda xs: own(xs).argmax(-1))
+        known = {
+            "ep": outputs_of(params, spec, phases, ep.EP()),
+            "exact": outputs_of(params, twin, long, ep.BPTT()),
+        }
         self._attacks = {
             name: jax.jit(functools.partial(attack, outputs, steps=arguments.steps))
             for name, outputs in known.items()
@@ -159,15 +161,18 @@ class Network:
 
     def wrong(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Which images are answered wrongly."""
-        starts = range(0, len(images), self._batch)
-        answers = [self._answers(images[i : i + self._batch]) for i in starts]
-        return np.concatenate(answers) != labels
+        return training.predict(*self._network, images, batch=self._batch)[0] != labels
 
-    def lost(self, images: np.ndarray, labels: np.ndarray, epsilon: float) -> dict[str, np.ndarray]:
-        """Which images are answered wrongly after some attack, by each gradient and by any."""
+    def lost(
+        self, images: np.ndarray, labels: np.ndarray, wrong: np.ndarray, epsilon: float
+    ) -> dict[str, np.ndarray]:
+        """Which images are answered wrongly after some attack, by each gradient and by any.
+
+        Those that are `wrong` as they are count as well.
+        """
         found = {}
         for name, run in self._attacks.items():
-            found[name] = self.wrong(images, labels)
+            found[name] = wrong
             for start in range(self._starts):
                 key = jax.random.key(start)
                 moved = [
@@ -175,7 +180,7 @@ class Network:
                                    epsilon, key=jax.random.fold_in(key, i)))
                     for i in range(0, len(images), self._batch)
                 ]  # fmt: skip
-                found[name] |= self.wrong(np.concatenate(moved), labels)
+                found[name] = found[name] | self.wrong(np.concatenate(moved), labels)
         return found | {"any": functools.reduce(np.logical_or, found.values())}
 
 
@@ -185,13 +190,15 @@ def measure(net: Network, images: np.ndarray, labels: np.ndarray, attacked: int)
     def percent(wrong: np.ndarray) -> float:
         return 100 * float(wrong.mean())
 
-    found: dict[str, Any] = {"name": net.name, "clean": percent(net.wrong(images, labels))}
+    wrong = net.wrong(images, labels)
+    found: dict[str, Any] = {"name": net.name, "clean": percent(wrong)}
     for kind, strengths in STRENGTHS.items():
         if kind != "attack":
             found[kind] = [
                 percent(net.wrong(spoil(kind, strength, images), labels)) for strength in strengths
             ]
-    lost = [net.lost(images[:attacked], labels[:attacked], e) for e in STRENGTHS["attack"]]
+    some = images[:attacked], labels[:attacked], wrong[:attacked]
+    lost = [net.lost(*some, epsilon) for epsilon in STRENGTHS["attack"]]
     found["attack"] = [percent(of["any"]) for of in lost]
     found["attack by"] = {name: [percent(of[name]) for of in lost] for name in ("ep", "exact")}
     return found

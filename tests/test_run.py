@@ -313,9 +313,7 @@ def in_foreground() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("in_foreground", "without_results")
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_run_that_is_asked_to_stop_loses_nothing(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
