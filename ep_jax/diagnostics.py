@@ -589,7 +589,7 @@ def recurrence(
 
     A network whose answers do not care about their feedback is a feed-forward one, however it is
     trained. All three numbers are invariant under the change of variables that trades feedback
-    strength for the size of weights and states (docs/settling.md), so they can be compared
+    strength for the size of weights and states (docs/concepts/settling.md), so they can be compared
     between networks.
 
     Args:

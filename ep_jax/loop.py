@@ -1,4 +1,6 @@
-"""The loop of a training, without files, signals and progress: use it, or fork it.
+"""The loop of a training, without files, signals and progress.
+
+Use it, or copy and change it::
 
     training = Training(config, data)
     state = training.start()
