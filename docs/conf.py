@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version as version_of
+from pathlib import Path
 from typing import Any
 
 import ep_jax
 
+HOME = Path(__file__).parent.parent
+sys.path.insert(0, str(HOME / "experiments"))
+
+from results_table import table  # noqa: E402 - of this repository
+
 project = "ep_jax"
 author = "The ep_jax authors"
-copyright = "2026, The ep_jax authors"  # noqa: A001 - Sphinx reads this name
+copyright = "2026, The ep_jax authors"
 release = version = version_of("ep_jax")
 
 extensions = [
@@ -23,7 +30,8 @@ extensions = [
 exclude_patterns = ["_build"]
 source_suffix = {".md": "myst-nb"}
 
-myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "substitution"]
+myst_substitutions = {"results_table": table(HOME / "results" / "table")}
 myst_heading_anchors = 3
 
 # Only the notebooks, which name a kernel, are executed, and only where they changed.
@@ -80,7 +88,7 @@ def resolve(app: Any, env: Any, node: Any, content: Any) -> Any:
 def describe_attribute(
     app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]
 ) -> None:
-    """Keep the first sentence of a field together: napoleon takes what is before a colon as a type."""
+    """Keep a field's first sentence: napoleon takes what is before a colon as a type."""
     if what in ("attribute", "data", "property") and lines:
         lines[:0] = ["..", ""]
 

@@ -295,7 +295,8 @@ def init_params(
         dtype: floating-point type of the parameters.
 
     Returns:
-        A tuple over layers, then over skips, of dictionaries (``{"w", "b"}`` of `Conv` and `Dense`).
+        A tuple over layers, then over skips, of dictionaries. Those of `Conv` and `Dense` hold
+        ``w`` and ``b``.
 
     Example:
         >>> params = init_params(jax.random.key(0), NetworkSpec((8,), (Dense(4), Dense(2))))
