@@ -190,7 +190,7 @@ def estimators() -> Figure:
         phases = ep.Phases(free=120, nudged=120)
         exact, _ = ep.implicit_gradient(params, spec, xs, ys, phases)
         errors: dict[str, list[float]] = {}
-        betas = [0.01, 0.03, 0.1, 0.3, 0.6]
+        betas = [0.01, 0.03, 0.1, 0.3]
         for estimator in ("one_sided", "symmetric", "holomorphic"):
             for beta in betas:
                 now = dataclasses.replace(phases, estimator=estimator, beta=beta)
@@ -221,40 +221,40 @@ def estimators() -> Figure:
     names = {"one_sided": "one-sided", "symmetric": "symmetric", "holomorphic": "holomorphic"}
     for (estimator, values), colour in zip(errors.items(), (RED, BLUE, GREEN), strict=True):
         axis.loglog(betas, np.maximum(values, 1e-16), "o-", color=colour, ms=4)
-        axis.text(betas[-1] * 1.12, values[-1], names[estimator], color=colour, va="center")
-    axis.set(xlabel=r"nudging strength $\beta$", xlim=(0.008, 2.5))
+        axis.annotate(
+            names[estimator],
+            (betas[0], values[0]),
+            (0, 6),
+            textcoords="offset points",
+            color=colour,
+        )
+    axis.set(xlabel=r"nudging strength $\beta$")
     axis.set_title("relative error of EP's gradient")
     return figure
 
 
 def feedback() -> Figure:
-    """One set of weights under feedback of any strength: radius, share of the state, answers."""
+    """One set of weights under feedback of any strength: radius, and share of the state."""
     spec = ep.NetworkSpec((12,), (ep.Dense(48), ep.Dense(48), ep.Dense(10)), ep.Rate())
     params = ep.init_params(jax.random.key(0), spec, 0.62)
     xs = jax.random.uniform(jax.random.key(1), (64, 12))
     alphas = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0])
-    radii, shares, cuts = [], [], []
+    radii, shares = [], []
     for alpha in alphas:
         now = dataclasses.replace(spec, feedback=float(alpha))
-        found = ep.diagnostics.recurrence(params, now, xs)
+        shares.append(np.asarray(ep.diagnostics.recurrence(params, now, xs).share))
         radii.append(np.asarray(ep.diagnostics.contractivity(params, now, xs, starts=1).radius))
-        shares.append(np.asarray(found.share))
-        cuts.append(float(found.cut))
-    figure = Figure(figsize=(8.4, 2.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(5.6, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.fill_between(alphas, np.min(radii, 1), np.max(radii, 1), color=BLUE, alpha=0.25, lw=0)
     left.plot(alphas, np.mean(radii, 1), "o-", color=BLUE, ms=4)
     left.axhline(1, color=RED, lw=1, ls="--")
     left.set_title("spectral radius (range over inputs)")
     for l, colour in enumerate((BLUE, GREEN, RED)):
-        middle.plot(
-            alphas, np.array(shares)[:, l], "o-", color=colour, ms=4, label=f"layer {l + 1}"
-        )
-    middle.set_title("share of the state by feedback")
-    middle.legend()
-    right.plot(alphas, 100 * np.array(cuts), "o-", color=INK, ms=4)
-    right.set_title("answers that change without it, %")
-    for axis in (left, middle, right):
+        right.plot(alphas, np.array(shares)[:, l], "o-", color=colour, ms=4, label=f"layer {l + 1}")
+    right.set_title("share of the state by feedback")
+    right.legend()
+    for axis in (left, right):
         axis.set(xscale="log", xlabel=r"feedback $\alpha$", ylim=(0, None))
     return figure
 
@@ -299,7 +299,7 @@ def displacement() -> Figure:
         phases = ep.Phases(free=150, nudged=150, estimator="one_sided")
         exact, _ = ep.implicit_gradient(params, spec, xs, ys, phases)
         single = jax.tree.map(lambda a: a.astype(jnp.float32), (params, xs))
-        betas = 10.0 ** np.arange(-4, 0)
+        betas = 10.0 ** np.arange(-5, 0)
         errors: dict[str, list[float]] = {"absolute": [], "displacement": []}
         for coordinates, values in errors.items():
             for beta in betas:
@@ -333,23 +333,25 @@ def codes() -> Figure:
     frozen = run(ep.DeltaCode(quantum=0.7, decay=0.5))
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    spikes = np.asarray(seen.spikes[1])
-    unit = int(np.argmax((np.abs(spikes) > 0).sum(0) * (np.asarray(seen.state[1])[-1] > 0.3)))
+    spikes, shown = np.asarray(seen.spikes[1]), 16
+    busy = (np.abs(spikes[:shown]).sum(0) + 4 * (spikes[:shown] < 0).sum(0)) * (spikes[0] != 0)
+    unit = int(np.argmax(busy))
     time = np.arange(1, 41)
     state, sent = np.asarray(seen.state[1])[:, unit], np.asarray(seen.signals[1])[:, unit]
-    left.plot(time, state, color=INK, lw=1.5, label="its activity")
-    left.step(time, sent, where="mid", color=BLUE, lw=1.5, label="what its receivers know")
-    fired = np.flatnonzero(spikes[:, unit])
-    floor = min(state.min(), sent.min()) - 0.12
-    for t in fired:
+    left.plot(time[:shown], state[:shown], color=INK, lw=1.5, label="its activity")
+    left.step(
+        time[:shown], sent[:shown], where="mid", color=BLUE, lw=1.5, label="what its receivers know"
+    )
+    low, high = min(state.min(), sent.min()), max(state.max(), sent.max())
+    floor, step = low - 0.25 * (high - low), 0.05 * (high - low)
+    for t in np.flatnonzero(spikes[:shown, unit]):
         count = int(spikes[t, unit])
-        left.plot(
-            [t + 1, t + 1], [floor, floor + 0.035 * abs(count)], color=BLUE if count > 0 else RED
-        )
-    left.text(fired[-1] + 2.5, floor, "spikes", va="bottom", fontsize=8)
-    left.set(xlabel="sweep")
+        colour = BLUE if count > 0 else RED
+        left.plot([t + 1, t + 1], [floor, floor + step * abs(count)], color=colour, lw=2)
+    left.text(0.2, floor + 2.4 * step, "spikes (blue up, red down)", fontsize=8)
+    left.set(xlabel="sweep", xlim=(0, shown + 0.5))
     left.set_title("a unit of the second layer")
-    left.legend(loc="lower right")
+    left.legend(loc="center right")
     size = sum(np.sum(np.asarray(r) ** 2) for r in rest)
     for trace, colour, label in (
         (frozen, RED, "a quantum that halves by the clock"),
