@@ -88,6 +88,10 @@ def compare(estimate: Params, exact: Params) -> Agreement:
 
     A layer whose exact gradient is zero has no angle: NaN.
 
+    Args:
+        estimate: the gradient to judge.
+        exact: the gradient to compare it with.
+
     Example:
         >>> exact = ({"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])},)
         >>> double = ({"w": jnp.array([6.0, 0.0]), "b": jnp.array([8.0])},)
@@ -392,6 +396,9 @@ def connections(spec: NetworkSpec) -> tuple[int, ...]:
     """Products of one drive of each layer of one example; its adjoint has as many.
 
     Connections, counted with those that share a weight. A folded average pool is counted as such.
+
+    Args:
+        spec: the network.
 
     Example:
         >>> connections(NetworkSpec((8,), (Dense(4), Dense(2))))

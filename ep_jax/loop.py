@@ -157,7 +157,13 @@ class Training:
 
 
 def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.GradientTransformation:
-    """The optimiser of `config` for a training of so many steps."""
+    """The optimiser of `config` for a training of so many steps.
+
+    Args:
+        config: the run.
+        spec: its network.
+        steps: number of optimisation steps, which the schedule of the learning rate spans.
+    """
     return make_optimizer(
         spec,
         config.optimizer,
@@ -173,7 +179,12 @@ def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.Gradien
 
 
 def record_of(metrics: StepMetrics, spec: NetworkSpec) -> Record:
-    """The means of a dispatch's metrics, by the names that they have in ``metrics.jsonl``."""
+    """The means of a dispatch's metrics, by the names that they have in ``metrics.jsonl``.
+
+    Args:
+        metrics: metrics of several steps, stacked.
+        spec: the network.
+    """
     mean = jax.tree.map(lambda values: float(values.mean()), metrics)
     record = {
         "loss": mean.loss,
