@@ -59,6 +59,7 @@ nitpick_ignore_regex = [
 
 html_theme = "sphinx_book_theme"
 html_title = "ep_jax"
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,

@@ -98,7 +98,7 @@ for (const file of pages) {
   for (const [name, width] of Object.entries(WIDTHS)) {
     found = [];
     await page.setViewportSize({ width, height: 900 });
-    if (name === "wide") await page.goto(`${origin}/${file}`, { waitUntil: "load", timeout: 300000 });
+    await page.goto(`${origin}/${file}`, { waitUntil: "load", timeout: 300000 });
     const seen = await page.evaluate(inspect);
     if (seen.set < seen.formulas) found.push(`${seen.formulas - seen.set} formulas are not set`);
     if (seen.wrong) found.push(`${seen.wrong} formulas are wrong`);
