@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
 
 import ep_jax
 
@@ -45,7 +49,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
@@ -86,6 +90,17 @@ def resolve(app: Any, env: Any, node: Any, content: Any) -> Any:
     return content if name.isidentifier() else None
 
 
+def link(app: Any, page: Any) -> None:
+    """Link the names of the library that a page shows as code, so that a wrong one fails."""
+    for code in list(page.findall(nodes.literal)):
+        name = code.astext()
+        inside = isinstance(code.parent, (addnodes.pending_xref, nodes.reference))
+        if re.fullmatch(r"ep_jax(\.\w+)+", name) and not inside:
+            known = {"refdomain": "py", "reftype": "obj", "reftarget": name, "refexplicit": False}
+            known |= {"refdoc": app.env.docname, "refwarn": True}
+            code.replace_self(addnodes.pending_xref("", code.deepcopy(), **known))
+
+
 def describe_attribute(
     app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]
 ) -> None:
@@ -97,4 +112,5 @@ def describe_attribute(
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("missing-reference", resolve)
+    app.connect("doctree-read", link)
     app.connect("autodoc-process-docstring", describe_attribute, priority=400)
