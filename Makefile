@@ -11,10 +11,11 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
-SOURCES := $(wildcard ep_jax experiments benchmarks tests tools)
+DOCS := $(VENV)/.installed-docs
+SOURCES := $(wildcard ep_jax experiments benchmarks docs tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage lint typecheck wheel env clean
+.PHONY: help demo test test-slow docs coverage lint typecheck wheel env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,11 @@ test: $(DEV) ## run the tests
 test-slow: $(DEV) ## run the tests that take longest
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
+# Strictly: a broken link, a name that is not documented or a notebook that fails ends it.
+docs: $(DOCS) ## build the documentation, notebooks executed, in docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo 'documentation: docs/_build/html/index.html'
+
 coverage: $(DEV) ## run all tests, and tell which lines of ep_jax they miss
 	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
 
@@ -47,14 +53,15 @@ wheel: $(DEV) ## build the wheel and use it in empty environments
 
 env: $(DEV) ## only set up the environment
 
-clean: ## remove the environment, caches and runs/demo
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo
+clean: ## remove the environment, caches, runs/demo and the built documentation
+	rm -rf .venv docs/_build .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation starts over.
 $(RUNTIME): EXTRA := [cli,digits,plot]
 $(DEV): EXTRA := [dev]
-$(RUNTIME) $(DEV): pyproject.toml constraints.txt
+$(DOCS): EXTRA := [docs]
+$(RUNTIME) $(DEV) $(DOCS): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c '$(NEW_ENOUGH)' || { \
 		echo 'ep_jax needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3' >&2; \
 		exit 1; }

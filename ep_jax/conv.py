@@ -4,7 +4,7 @@
 and the kernel box-filtered to ``k + 1``. After space-to-depth of the state (``[H, W, C]`` to
 ``[H/2, W/2, 4 C]``) it becomes a plain stride-1 convolution that needs about a quarter of the
 multiplications and no pooling at all. It is private to this file: a state below such a layer is
-packed in blocks of two by two, and `Kernel` is the matrix that multiplies their patches.
+packed in blocks of two by two, and ``Kernel`` is the matrix that multiplies their patches.
 """
 
 from __future__ import annotations

@@ -213,7 +213,12 @@ def check_dataset(data: Any) -> None:
 
 
 def check_pixels(name: str, images: Any) -> None:
-    """Raise where `images` are neither uint8 nor finite floating-point numbers."""
+    """Raise where `images` are neither uint8 nor finite floating-point numbers.
+
+    Args:
+        name: what the message calls them.
+        images: an array.
+    """
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise TypeError(f"{name} has dtype {images.dtype}; expected uint8 or floating point")
     if images.dtype != np.uint8 and known(images) and not np.isfinite(np.asarray(images)).all():

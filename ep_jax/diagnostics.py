@@ -112,6 +112,10 @@ def compare(estimate: Params, exact: Params) -> Agreement:
 
     A layer whose exact gradient is zero has no angle: NaN.
 
+    Args:
+        estimate: the gradient to judge.
+        exact: the gradient to compare it with.
+
     Raises:
         AssertionError: they are not gradients of one network.
 
@@ -420,6 +424,7 @@ def spikes_per_neuron(spec: NetworkSpec, spikes: Sequence[jax.Array | float]) ->
     return sum(float(s) * n for s, n in zip(spikes, sizes, strict=True)) / sum(sizes)
 
 
+@_with_full_products
 def spectral_radius(
     params: Params, spec: NetworkSpec, x: jax.Array, state: State, iterations: int = 100
 ) -> jax.Array:
@@ -587,7 +592,7 @@ def recurrence(
 
     A network whose answers do not care about their feedback is a feed-forward one, however it is
     trained. All three numbers are invariant under the change of variables that trades feedback
-    strength for the size of weights and states (docs/settling.md), so they can be compared
+    strength for the size of weights and states (docs/concepts/settling.md), so they can be compared
     between networks.
 
     Args:

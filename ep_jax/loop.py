@@ -1,4 +1,6 @@
-"""The loop of a training, without files, signals and progress: use it, or fork it.
+"""The loop of a training, without files, signals and progress.
+
+Use it, or copy and change it::
 
     training = Training(config, data)
     state = training.compile(training.start())
@@ -191,7 +193,13 @@ class Training:
 
 
 def optimizer_of(config: Config, spec: NetworkSpec, steps: int) -> optax.GradientTransformation:
-    """The optimiser of `config` for a training of so many steps."""
+    """The optimiser of `config` for a training of so many steps.
+
+    Args:
+        config: the run.
+        spec: its network.
+        steps: number of optimisation steps, which the schedule of the learning rate spans.
+    """
     return make_optimizer(
         spec,
         config.optimizer,
@@ -236,7 +244,12 @@ def records_of(metrics: StepMetrics, spec: NetworkSpec) -> list[Record]:
 
 
 def record_of(metrics: StepMetrics, spec: NetworkSpec) -> Record:
-    """The metrics of a step, by the names that they have in ``metrics.jsonl``."""
+    """The metrics of a step, by the names that they have in ``metrics.jsonl``.
+
+    Args:
+        metrics: metrics of one step.
+        spec: the network.
+    """
     step = jax.tree.map(float, metrics)
     record = {
         "loss": step.loss,

@@ -3,7 +3,7 @@
 Everything is written for one example; ``jax.vmap`` adds the batch. A network is a graph of *edges*:
 each layer is one from the state below it, and a skip is one from a lower state to a higher. With
 layer states ``s_1 ... s_L``, the static input ``s_0 = x``, the maps ``A_e`` of `ep_jax.layers`, an
-edge's source ``l(e)`` and target ``m(e)``, and the feedback strength ``alpha`` in (0, 1]:
+edge's source ``l(e)`` and target ``m(e)``, and the feedback strength ``alpha`` in (0, 1]::
 
     Phi(theta, x, s) = sum_e alpha^(m - L) <A_e(s_l), s_m>              (primitive function)
     E(theta, x, s)   = sum_m alpha^(m - L) 1/2 |s_m|^2 - Phi            (energy)
@@ -38,6 +38,7 @@ from ep_jax.neurons import ACTIVATIONS, Activation, DeltaCode, Neuron
 Params: TypeAlias = tuple[LayerParams, ...]
 """Parameters of the layers, then of the skips."""
 State: TypeAlias = tuple[jax.Array, ...]
+"""States of the layers, from the input up."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,8 @@ def init_params(
         dtype: floating-point type of the parameters.
 
     Returns:
-        A tuple over layers, then over skips, of dictionaries: ``{"w", "b"}`` of `Conv` and `Dense`.
+        A tuple over layers, then over skips, of dictionaries. Those of `Conv` and `Dense` hold
+        ``w`` and ``b``.
 
     Example:
         >>> params = init_params(jax.random.key(0), NetworkSpec((8,), (Dense(4), Dense(2))))

@@ -87,7 +87,13 @@ Settings: TypeAlias = AdamW | Muon | SGD
 
 
 def check_layer_factors(name: str, values: Sequence[float], depth: int) -> None:
-    """Raise where `values` are not a factor for each layer, or none at all."""
+    """Raise where `values` are not a factor for each layer, or none at all.
+
+    Args:
+        name: what the message calls them.
+        values: factors, from the input up.
+        depth: number of layers.
+    """
     if len(values) not in (0, depth):
         raise ValueError(f"{name} is {tuple(values)}; expected a factor for each of the {depth} "
                          "layers, or none")  # fmt: skip
@@ -466,6 +472,9 @@ def radius_bound(norms: jax.Array, feedback: float, skips: Sequence[Skip] = ()) 
 
 def norms_of(opt_state: optax.OptState) -> CapState | None:
     """The `CapState` in an optimiser's state; ``None`` where nothing is capped.
+
+    Args:
+        opt_state: the state of an optimiser from `make_optimizer`.
 
     Example:
         >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)))

@@ -45,7 +45,15 @@ class Relaxation(NamedTuple):
 def record_free_phase(
     params: Params, spec: NetworkSpec, phases: Phases, xs: jax.Array, key: jax.Array
 ) -> Relaxation:
-    """Run the free phase on a few examples ``[B, ...]`` with a trace of what happens."""
+    """Run the free phase on a few examples with a trace of what happens.
+
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        phases: how it settles.
+        xs: inputs ``[B, *spec.input_shape]``.
+        key: random key, for stochastic neurons.
+    """
 
     def one(x: jax.Array, key: jax.Array) -> Any:
         def look(now: Snapshot) -> Any:
@@ -60,7 +68,11 @@ def record_free_phase(
 
 @mpl.rc_context(_STYLE)
 def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, errors and spikes against epochs, from the records of ``metrics.jsonl``."""
+    """Loss, errors and spikes against epochs.
+
+    Args:
+        history: the records of ``metrics.jsonl``, one an epoch.
+    """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     loss, error, spikes = figure.subplots(1, 3)
     epochs = [record["epoch"] for record in history]
@@ -197,6 +209,9 @@ def relaxation(record: Relaxation) -> Figure:
 
     The energy is shown above its last value: weak feedback weighs lower layers with
     ``alpha^(l - L)``, so its absolute size says little.
+
+    Args:
+        record: from `record_free_phase`.
     """
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -246,7 +261,11 @@ def raster(spikes: Sequence[np.ndarray], image: np.ndarray, units: int = 60) -> 
 
 @mpl.rc_context(_STYLE)
 def filters(params: Params) -> Figure | None:
-    """The kernels of the first layer; ``None`` where it is not a convolution."""
+    """The kernels of the first layer; ``None`` where it is not a convolution.
+
+    Args:
+        params: parameters of a network.
+    """
     w = np.asarray(params[0]["w"])
     if w.ndim != 4:
         return None

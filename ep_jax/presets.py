@@ -215,6 +215,11 @@ def _named(name: str, value: str, kinds: dict[str, Any]) -> Any:
 def spec_of(config: Config, input_shape: tuple[int, ...], classes: int) -> NetworkSpec:
     """The network of `config` for inputs of a shape and a number of classes.
 
+    Args:
+        config: the run.
+        input_shape: shape of one input.
+        classes: number of classes.
+
     Example:
         >>> spec_of(PRESETS["mnist"], (28, 28, 1), 10).state_shapes
         ((12, 12, 32), (4, 4, 64), (128,), (10,))

@@ -1,6 +1,6 @@
 """The sweeps of a phase: which layer hears whom, and when.
 
-A phase is a `Relaxation`: of a neuron model in each layer, in some `ep_jax.coordinates`, in the
+A phase is a ``Relaxation``: of a neuron model in each layer, in some `ep_jax.coordinates`, in the
 order of `ep_jax.phases`. Its sweeps run in one ``lax.scan`` that keeps its carry and nothing else.
 """
 

@@ -57,7 +57,11 @@ class LinkNorms(NamedTuple):
 
 
 def link_norms_of(opt_state: optax.OptState) -> LinkNorms | None:
-    """What an optimiser's state tells of capped links; ``None`` where nothing is capped."""
+    """What an optimiser's state says of capped links; ``None`` where nothing is capped.
+
+    Args:
+        opt_state: the state of the optimiser.
+    """
     found = norms_of(opt_state)
     return None if found is None else LinkNorms(tuple(found.norms), found.capped)
 
@@ -89,7 +93,14 @@ class StepMetrics(NamedTuple):
 def init_train_state(
     key: jax.Array, spec: NetworkSpec, optimizer: optax.GradientTransformation, gain: float = 1.0
 ) -> TrainState:
-    """A fresh training state."""
+    """A fresh training state.
+
+    Args:
+        key: random key of the initial weights.
+        spec: the network.
+        optimizer: its state is made for these weights.
+        gain: scale of the weights, see `ep_jax.init_params`.
+    """
     params = network.init_params(key, spec, gain)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -145,6 +156,11 @@ class Augmentation:
 
 def augment(key: jax.Array, images: jax.Array, how: Augmentation) -> jax.Array:
     """Vary images ``[B, H, W, C]``, each on its own. Examples that are no images stay as they are.
+
+    Args:
+        key: random key.
+        images: a batch.
+        how: kinds and sizes of the variations.
 
     Example:
         >>> augment(jax.random.key(0), jnp.ones((2, 8, 8, 1)), Augmentation(shift=2)).shape
@@ -273,6 +289,12 @@ def epoch_batches(
     All dispatches have the same number of steps, so that one compiled function serves them; what is
     missing to fill the last one is taken from the start of the same shuffle.
 
+    Args:
+        rng: what shuffles.
+        examples: number of examples.
+        batch: examples in a step.
+        steps_per_dispatch: most steps in a dispatch.
+
     Example:
         >>> epoch_batches(np.random.default_rng(0), 10, 2, 3).shape
         (2, 3, 2)
@@ -370,5 +392,10 @@ def predict(
 
 
 def error_rate(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Share of wrong predictions, in per cent."""
+    """Share of wrong predictions, in per cent.
+
+    Args:
+        predictions: predicted labels ``[N]``.
+        labels: true labels ``[N]``.
+    """
     return 100.0 * int(np.count_nonzero(predictions != labels)) / len(labels)

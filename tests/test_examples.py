@@ -1,12 +1,10 @@
-"""Every example that a user may copy runs: docstrings and README."""
+"""Every example of a docstring runs. (Pages: test_docs.py.)"""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import pkgutil
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +38,3 @@ def test_every_public_function_has_an_example() -> None:
 def issubclass_of_tuple(value: object) -> bool:
     """Whether it is a record that the library returns; users do not make these."""
     return isinstance(value, type) and issubclass(value, tuple)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
-def test_the_examples_of_a_page(page: str) -> None:
-    """Its blocks of Python, one after the other, as a reader would run them."""
-    text = (Path(__file__).parent.parent / page).read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert blocks
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)
