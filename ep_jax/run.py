@@ -109,9 +109,15 @@ def train(
                                   "or --resume to go on with that run")  # fmt: skip
         check_unused("out", out, "weights.npz", "result.json")
     check_plain("out", out)
+    new = not out.exists()
     make_folder("out", out)
-    with claimed("out", out):
-        return _train(config, out, data, resume, on_epoch, console)
+    try:
+        with claimed("out", out):
+            return _train(config, out, data, resume, on_epoch, console)
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it holds something
+                out.rmdir()
 
 
 def _train(
