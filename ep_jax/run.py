@@ -228,7 +228,14 @@ def _finish(
         params, *_ = load_weights(selection.folder_of(out / "best", epoch))
     save_weights(out, params, spec, config.phases)  # before anything that may fail
     result = {
-        **evaluate(params, spec, config.phases, data, training.eval_key),
+        **evaluate(
+            params,
+            spec,
+            config.phases,
+            data,
+            training.eval_key,
+            spikes_nudged=history[-1].get("spikes_nudged_per_layer"),
+        ),
         "val_error": [r["val_error"] for r in history],
         "weights_of_epoch": epoch,
         "stopped_early": len(history) < config.epochs,
