@@ -309,12 +309,11 @@ def epoch_batches(
 
 @functools.partial(jax.jit, static_argnames=("spec", "phases"))
 def _answers(
-    params: Params, batches: jax.Array, keys: jax.Array, *, spec: NetworkSpec, phases: Phases
+    params: Params, images: jax.Array, keys: jax.Array, *, spec: NetworkSpec, phases: Phases
 ) -> tuple[jax.Array, PhaseInfo]:
-    """Answers ``[batches, B, classes]`` to images ``[batches, B, ...]``; each example's info."""
-
-    def settled(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, PhaseInfo]:
-        images, keys = batch
+    """Answers ``[B, classes]`` to images ``[B, ...]``, and each example's info."""
+    with phases.products():
+        prepared = network.prepare(params, spec, phases.precision)
         drives = jax.vmap(lambda x: network.input_drive(spec, prepared, x))(to_float(images))
         found = settle_batch(
             spec,
@@ -326,10 +325,6 @@ def _answers(
         )
         outputs = jax.vmap(lambda s: network.read_out(spec, prepared, s))(found.state[-1])
         return outputs, found.info
-
-    with phases.products():
-        prepared = network.prepare(params, spec, phases.precision)
-        return jax.lax.map(settled, (batches, keys))
 
 
 def check_images(spec: NetworkSpec, images: np.ndarray | jax.Array) -> None:
@@ -370,24 +365,14 @@ def predict(
     key = jax.random.key(0) if key is None else key
     check_phases(spec, phases, key)
     keys = jax.random.split(key, len(images))
-    # Whole batches in one program, what is left in another: stragglers are found within a batch.
     batch = min(batch, len(images))
-    whole = len(images) // batch * batch
     parts = []
-    for part, size in ((slice(whole), batch), (slice(whole, None), len(images) - whole)):
-        if size:
-            some, theirs = jnp.asarray(images[part]), keys[part]
-            split = (len(some) // size, size)
-            outputs, info = _answers(
-                params,
-                some.reshape(*split, *some.shape[1:]),
-                theirs.reshape(split),
-                spec=spec,
-                phases=phases,
-            )
-            flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (outputs, info))
-            parts.append(flat)
-    outputs, info = jax.tree.map(lambda *some: jnp.concatenate(some), *parts)
+    for start in range(0, len(images), batch):
+        these = np.arange(start, min(start + batch, len(images)))
+        # Repeated where the last batch is not full, so that one compiled program serves all.
+        these = np.resize(these, batch)
+        parts.append(_answers(params, images[these], keys[these], spec=spec, phases=phases))
+    outputs, info = jax.tree.map(lambda *some: jnp.concatenate(some)[: len(images)], *parts)
     return np.asarray(network.classify(outputs)), mean_info(info)
 
 

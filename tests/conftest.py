@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import hypothesis
@@ -13,6 +14,12 @@ from ep_jax.devices import divide_cpu
 
 # The cores of a CPU as two devices, for what divides a batch.
 divide_cpu(int(os.environ.get("EP_JAX_TEST_DEVICES", "2")))
+
+# Most of the tests' time is compilation, and many runs compile the same programs.
+_compiled = tempfile.TemporaryDirectory(prefix="ep_jax-compiled-", ignore_cleanup_errors=True)
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # The same examples on every run and machine; nothing is written to disk.
 hypothesis.settings.register_profile(
