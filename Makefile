@@ -35,7 +35,7 @@ test-slow: $(DEV) ## run the tests that take longest
 
 # Strictly: a broken link, a name that is not documented or a notebook that fails ends it.
 docs: $(DOCS) ## build the documentation, notebooks executed, in docs/_build/html
-	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html $(DOCS_FLAGS) docs docs/_build/html
 	@echo 'documentation: docs/_build/html/index.html'
 
 coverage: $(DEV) ## run all tests, and tell which lines of ep_jax they miss

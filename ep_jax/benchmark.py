@@ -48,6 +48,9 @@ def methods_of(config: Config) -> dict[str, Method]:
     BPTT goes through the free phase, with as many sweeps for all examples as a straggler makes.
     Backprop is that of the rate network without feedback.
 
+    Args:
+        config: the run whose network and phases they are of.
+
     Example:
         >>> from ep_jax.presets import PRESETS
         >>> {name: m.phases.free for name, m in methods_of(PRESETS["mnist"]).items()}

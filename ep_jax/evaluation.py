@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,24 +13,37 @@ import numpy as np
 from ep_jax import training
 from ep_jax.data import Dataset, to_float
 from ep_jax.diagnostics import AMBIGUOUS, contractivity, feedback_answers
-from ep_jax.dynamics import PhaseInfo
-from ep_jax.gradients.ep import ep_gradient
-from ep_jax.hardware import hardware_cost, synaptic_operations
+from ep_jax.gradients.batch import GradientInfo
+from ep_jax.hardware import hardware_cost, synaptic_operations, told_of
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.phases import Phases
 
 
 def evaluate(
-    params: Params, spec: NetworkSpec, phases: Phases, data: Dataset, key: jax.Array | None = None
+    params: Params,
+    spec: NetworkSpec,
+    phases: Phases,
+    data: Dataset,
+    key: jax.Array | None = None,
+    *,
+    spikes_nudged: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Test error in per cent at the phases' free sweeps and at four times as many, and recurrence.
 
     The two errors agree where the answers come from an equilibrium and not from a transient. That
     they do not come from a feed-forward network, `recurrence_of` tells.
 
+    Args:
+        params: parameters of `spec`.
+        spec: the network.
+        phases: its phases.
+        data: whose test images are answered.
+        key: random key; a fixed one by default.
+        spikes_nudged: spikes per neuron of each layer in a nudged phase, where they are known.
+
     Returns:
         ``test_error``, ``test_error_4x``; of one inference: ``spikes_per_neuron`` of each layer,
-        and ``synaptic_operations``; ``recurrence``; and ``hardware``.
+        and ``synaptic_operations``; ``recurrence``; and ``hardware``, see `hardware_of`.
     """
     answers, info = training.predict(params, spec, phases, data.test_images, key)
     answers_4x, _ = training.predict(params, spec, phases.longer(4), data.test_images, key)
@@ -39,7 +53,7 @@ def evaluate(
         "spikes_per_neuron": [float(s) for s in info.spikes],
         "synaptic_operations": synaptic_operations(spec, info.spikes),
         "recurrence": recurrence_of(params, spec, data),
-        "hardware": hardware_of(params, spec, phases, data, info, key),
+        "hardware": hardware_of(spec, phases, info.spikes, spikes_nudged),
     }
 
 
@@ -92,41 +106,31 @@ def recurrence_of(
 
 
 def hardware_of(
-    params: Params,
     spec: NetworkSpec,
     phases: Phases,
-    data: Dataset,
-    free: PhaseInfo,
-    key: jax.Array | None = None,
-    images: int = 64,
+    spikes: Sequence[jax.Array | float],
+    spikes_nudged: Sequence[float] | None = None,
 ) -> dict[str, dict[str, float]]:
     """What an example costs on hardware, see `ep_jax.hardware.hardware_cost`.
 
     Args:
-        params: parameters.
         spec: the network.
-        phases: its phases.
-        data: where the images come from that a nudged phase is looked at on.
-        free: what free phases have told.
-        key: random key; a fixed one by default.
-        images: validation images of the nudged phases, or training images where there are none.
+        phases: its phases: with a tolerance, their sweeps are the most there can be.
+        spikes: spikes per neuron of each layer in a free phase.
+        spikes_nudged: those in a nudged phase, where they are known.
 
     Returns:
-        The fields of `ep_jax.hardware.Cost` of an ``inference`` and of learning by ``ep``, ``bptt``
-        and ``backprop``. ``ep`` is not there where these phases have no gradient by EP.
+        The fields of `ep_jax.hardware.Cost` of an ``inference`` and of learning by ``ep`` (where
+        the nudged phase is known), ``bptt`` and ``backprop``.
     """
-    pixels, labels = held_out(data, images)
-    key = jax.random.key(0) if key is None else key
-    try:
-        _, told = _ep_gradient(params, spec, jnp.asarray(to_float(pixels)), labels, phases, key)
-        info = told._replace(free=free)
-    except ValueError:  # a network trained by another gradient need not have phases for EP
-        info = free
+    info = told_of(phases, False, spikes)
+    if spikes_nudged is not None:
+        nothing = jnp.zeros(())
+        info = GradientInfo(nothing, nothing, info, told_of(phases, True, spikes_nudged))
     costs = hardware_cost(spec, info, phases)._asdict()
     return {name: cost._asdict() for name, cost in costs.items() if cost is not None}
 
 
-_ep_gradient = jax.jit(ep_gradient, static_argnames=("spec", "phases"))
 _answers_under = jax.jit(feedback_answers, static_argnames=("spec", "phases"))
 _contractivity = jax.jit(
     functools.partial(contractivity, starts=1), static_argnames=("spec", "phases")

@@ -209,6 +209,25 @@ def hardware_cost(
     )
 
 
+def told_of(phases: Phases, nudged: bool, spikes: Sequence[jax.Array | float]) -> PhaseInfo:
+    """What a phase of a batch tells of sweeps and spikes, from a record of them; the rest is zero.
+
+    Args:
+        phases: the phases.
+        nudged: whether it is the nudged one.
+        spikes: spikes per neuron of each layer.
+
+    Example:
+        >>> float(told_of(Phases(stragglers=0.5, free=8, free_more=4), False, [1.0]).sweeps)
+        10.0
+    """
+    sweeps = phases.sweeps(nudged) + phases.stragglers * phases.more(nudged)
+    nothing = jnp.zeros(())
+    zeros = (nothing,) * len(spikes)
+    counts = tuple(map(jnp.asarray, spikes))
+    return PhaseInfo(nothing, zeros, nothing, nothing, jnp.asarray(sweeps), nothing, counts, zeros)
+
+
 def connections(spec: NetworkSpec) -> tuple[int, ...]:
     """Products of one drive of each layer of one example; its adjoint has as many.
 

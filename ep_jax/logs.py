@@ -28,6 +28,10 @@ _NOT_LOGGED = ("epoch", "curve", "warnings")
 def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a record by name; those of a layer under its number.
 
+    Args:
+        record: a line of ``metrics.jsonl``.
+        prefix: what all names begin with.
+
     Example:
         >>> scalars({"epoch": 3, "loss": 0.5, "radius": {"mean": 0.8}, "activity": [0.1, 0.2]})
         {'loss': 0.5, 'radius/mean': 0.8, 'activity/layer1': 0.1, 'activity/layer2': 0.2}

@@ -244,7 +244,12 @@ def _first(steps: Callable[..., tuple[TrainState, StepMetrics]]) -> Callable[...
 
 
 def records_of(metrics: StepMetrics, spec: NetworkSpec) -> list[Record]:
-    """The metrics of each step, by the names that they have in ``metrics.jsonl``."""
+    """The metrics of each step, by the names that they have in ``metrics.jsonl``.
+
+    Args:
+        metrics: of several steps, stacked.
+        spec: the network.
+    """
     steps = range(len(metrics.loss))
     return [record_of(jax.tree.map(lambda v, i=i: v[i], metrics), spec) for i in steps]
 

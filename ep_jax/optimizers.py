@@ -108,7 +108,7 @@ def _check_decay(name: str, value: Any) -> None:
 
 
 def check_warmup(warmup: float) -> None:
-    """Raise unless something of the training is left after the warm-up."""
+    """Raise unless something of the training is left after a `warmup` of this share."""
     check_non_negative("warmup", warmup, at_most=1.0)
     if warmup == 1.0:
         raise ValueError("warmup is 1.0; expected less than 1: the rate decays after it")

@@ -197,7 +197,7 @@ class Config:
             check_layer_factors(name, getattr(self, name), depth)
 
 
-CAME_LATER: dict[str, Any] = {"patience": None, "keep": "last"}
+CAME_LATER: dict[str, Any] = {"patience": None, "keep": "last", "microbatch": None}
 """Fields that records of earlier versions lack, and what these runs did."""
 
 
@@ -384,7 +384,7 @@ PRESETS: dict[str, Config] = {
 
 
 def about(config: Config) -> str:
-    """A run in a line.
+    """The run that `config` describes, in a line.
 
     Example:
         >>> about(PRESETS["mnist_rate"])

@@ -131,7 +131,7 @@ def write(
     history: Sequence[Mapping[str, Any]],
     figures: Mapping[str, Figure],
 ) -> Path:
-    """Write the `page` of a run into its folder."""
+    """Write the `page` of a run into its `folder`, from its `result`, `history` and `figures`."""
     path = folder / "report.html"
     write_atomically(path, page(folder.resolve().name, result, history, figures).encode())
     return path

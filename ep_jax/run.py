@@ -124,8 +124,16 @@ def _take(out: Path, resume: bool, held: contextlib.ExitStack) -> None:
                                   "or --resume to go on with that run")  # fmt: skip
         check_unused("out", out, "weights.npz", "result.json")
     check_plain("out", out)
+    new = not out.exists()
     make_folder("out", out)
+    if new:
+        held.callback(_remove_if_empty, out)
     held.enter_context(claimed("out", out))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def _train(
@@ -242,7 +250,14 @@ def _finish(
     if processes.is_first():
         save_weights(out, params, spec, config.phases)  # before anything that may fail
     result = {
-        **evaluate(params, spec, config.phases, data, training.eval_key),
+        **evaluate(
+            params,
+            spec,
+            config.phases,
+            data,
+            training.eval_key,
+            spikes_nudged=history[-1].get("spikes_nudged_per_layer"),
+        ),
         "val_error": [r["val_error"] for r in history],
         "weights_of_epoch": epoch,
         "stopped_early": len(history) < config.epochs,

@@ -20,7 +20,7 @@ import tyro
 from common import command
 
 import ep_jax as ep
-from ep_jax.hardware import FLOAT32, FLOAT32_DRAM, INT8, HardwareCost, hardware_cost
+from ep_jax.hardware import FLOAT32, FLOAT32_DRAM, INT8, HardwareCost, hardware_cost, told_of
 from ep_jax.tables import markdown
 
 ENERGIES = {"float32": FLOAT32, "float32_dram": FLOAT32_DRAM, "int8": INT8}
@@ -43,27 +43,16 @@ class Arguments:
     """Energies of single operations, see ep_jax/hardware.py."""
 
 
-def phase(phases: ep.Phases, nudged: bool, spikes: list[float]) -> ep.PhaseInfo:
-    """What a phase has told of sweeps and spikes; nothing else is looked at."""
-    sweeps = phases.sweeps(nudged) + phases.stragglers * phases.more(nudged)
-    nothing = jnp.zeros(())
-    zeros = (nothing,) * len(spikes)
-    counts = tuple(map(jnp.asarray, spikes))
-    return ep.PhaseInfo(
-        nothing, zeros, nothing, nothing, jnp.asarray(sweeps), nothing, counts, zeros
-    )
-
-
 def cost_of(folder: Path, energies: str) -> HardwareCost:
     """The cost of a network that lies in a folder, from what its result file says of it."""
     _, spec, phases = ep.load_weights(folder)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    free = phase(phases, False, result["spikes_per_neuron"])
+    free = told_of(phases, False, result["spikes_per_neuron"])
     sent = result.get("last_epoch", {}).get("spikes_nudged_per_layer")
     info: Any = free
     if sent is not None:  # older results do not tell
         nothing = jnp.zeros(())
-        info = ep.GradientInfo(nothing, nothing, free, phase(phases, True, sent))
+        info = ep.GradientInfo(nothing, nothing, free, told_of(phases, True, sent))
     return hardware_cost(spec, info, phases, ENERGIES[energies])
 
 

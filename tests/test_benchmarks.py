@@ -72,6 +72,7 @@ def test_lower_bound_by_hand() -> None:
     assert measure.lower_bound(TINY, one, 5) == 4 * (params + 5 * (3 * units + 27 + 27))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_backprop_is_the_gradient_of_the_feed_forward_network() -> None:
     """The price EP is compared with: one ordered sweep of BPTT from zero is the same."""

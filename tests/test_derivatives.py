@@ -139,7 +139,7 @@ def test_an_output_that_nobody_pulls_at_has_no_derivative() -> None:
 
 
 @pytest.mark.parametrize(
-    "derivative", [ep.EP(), slow(ep.BPTT(tracked=9, remat=True)), slow(ep.Implicit())]
+    "derivative", [slow(ep.EP()), slow(ep.BPTT(tracked=9, remat=True)), slow(ep.Implicit())]
 )
 def test_it_composes_with_what_jax_does_to_functions(derivative: Any) -> None:
     """A rule that `vmap` over seeds, a checkpoint, a scan or another precision breaks."""
@@ -173,6 +173,7 @@ def test_it_composes_with_what_jax_does_to_functions(derivative: Any) -> None:
     assert jax.tree.leaves(moved)[0].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_the_info_comes_along_and_is_not_differentiated() -> None:
     """Residuals of another phase; a derivative that goes through them."""
     spec = SPECS["folded pool"]

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ep_jax as ep
+from ep_jax import cli
 from ep_jax.data import load
 
 SIZES = {
@@ -133,8 +134,8 @@ def test_any_command_line_is_understood_or_explained(
 ) -> None:
     """A traceback, or a run that starts with what nobody meant."""
     started = []
-    monkeypatch.setattr(train_script, "train", lambda config, out, **_: started.append(config))
-    monkeypatch.setattr(train_script, "divide_cpu", lambda devices: None)
+    monkeypatch.setattr(cli, "train", lambda config, out, **_: started.append(config))
+    monkeypatch.setattr(cli, "divide_cpu", lambda devices: None)
     monkeypatch.setattr("sys.argv", ["train.py", "--out", "nowhere", *line])
     monkeypatch.setattr("sys.stdin", io.StringIO())
     try:

@@ -113,7 +113,7 @@ def without_clocks(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.settings(max_examples=2, deadline=None)
 @given(configs(), st.integers(0, 1_000_000))
 def test_the_life_of_a_run(config: Config, when: int) -> None:
     """Killed twice and moved between: the same weights as undisturbed, which answer alike."""

@@ -63,6 +63,7 @@ def gradient(params: Any, spec: ep.NetworkSpec, xs: Any, ys: Any, phases: ep.Pha
     return run(params, spec, xs, ys, phases)[0]
 
 
+@pytest.mark.slow
 @few
 @given(
     networks([ep.Rate(activation="tanh"), ep.Rate(activation="sigmoid")], ["avg", None]),
