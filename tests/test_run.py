@@ -371,9 +371,8 @@ def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     make = training.make_train_steps
 
     def once(*args: Any, **settings: Any) -> Any:
-        return chex.assert_max_traces(
-            make(*args, **settings), n=2
-        )  # for its shapes, and to compile
+        # Once for the shapes of its metrics, and once to be compiled.
+        return chex.assert_max_traces(make(*args, **settings), n=2)
 
     monkeypatch.setattr(training, "make_train_steps", once)
     answers: Any = training._answers
