@@ -3,8 +3,8 @@
 The claim is a file in the folder, made so that of two who come at the same moment one gets it. It
 says whose it is. A process that died leaves its claim behind, so whether it lives is looked up: on
 this machine by its number *and* the time it began, since numbers come again and machines share
-folders; on another one by the age of the file, which a living run touches every minute. All
-processes of one job share a claim.
+folders; on another one by the age of the file, which a living run touches every minute. Of a job of
+several processes the first one claims, for all.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ TOUCHED_EVERY = 60.0
 """Seconds after which a living run touches its claim."""
 FORGOTTEN_AFTER = 600.0
 """Seconds after which a claim of another machine that nobody touched is a dead one's."""
-JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
-"""What schedulers call a job."""
 
 
 @contextlib.contextmanager
@@ -40,16 +38,12 @@ def claimed(name: str, folder: Path) -> Iterator[None]:
     file, own = folder / NAME, _own()
     with _one_at_a_time(folder):
         other = _read(file)
-        shared = other is not None and own["job"] is not None and own["job"] == other["job"]
-        if other is not None and not shared:
+        if other is not None:
             if _lives(file, other):
                 raise _held(name, folder, other)
             file.unlink(missing_ok=True)
-        if not shared and not _made(file, own):
+        if not _made(file, own):
             raise _held(name, folder, _read(file) or own)
-    if shared:  # one of ours holds it, and gives it back
-        yield
-        return
     over = threading.Event()
     touching = threading.Thread(target=_touch, args=(file, over), daemon=True)
     touching.start()
@@ -86,7 +80,6 @@ def _own() -> dict[str, Any]:
         "host": _host(),
         "process": os.getpid(),
         "began": _began(os.getpid()),
-        "job": next((os.environ[job] for job in JOBS if os.environ.get(job)), None),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "nonce": uuid.uuid4().hex,
     }

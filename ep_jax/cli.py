@@ -28,6 +28,7 @@ from ep_jax.health import DivergedError
 from ep_jax.logs import logging_to
 from ep_jax.loop import Record
 from ep_jax.presets import PRESETS, Config, about
+from ep_jax.processes import join
 from ep_jax.progress import say
 from ep_jax.provenance import provenance
 from ep_jax.run import StoppedError, train
@@ -52,6 +53,12 @@ class Train:
     """Go on from the last checkpoint in the folder."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where the records of epochs go as well; each is an extra."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes; srun and mpirun tell by themselves."""
+    processes: int | None = None
+    """How many processes train together."""
+    process: int | None = None
+    """Which of them this is, from 0."""
     list: bool = False
     """List the presets and do nothing else."""
 
@@ -102,7 +109,8 @@ Command = Train | Evaluate | Report | Benchmark
 
 def run_train(arguments: Train) -> None:
     """Train, and log where that is asked for."""
-    divide_cpu(arguments.config.devices)
+    join(arguments.coordinator, arguments.processes, arguments.process)
+    divide_cpu(arguments.config.devices, arguments.processes or 1)
     out = own_path("out", arguments.out)
     with contextlib.ExitStack() as stack:
         logged = [

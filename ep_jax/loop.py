@@ -99,21 +99,28 @@ class Training:
             augmentation=config.augmentation,
             gradient=functools.partial(GRADIENTS[config.gradient], microbatch=config.microbatch),
         )
+        everywhere = self._place.everywhere
+        given = (everywhere, everywhere, everywhere, self._place.batches, everywhere, everywhere)
         self._run: Any = jax.jit(
-            _first(steps), donate_argnums=0, out_shardings=self._place.everywhere
+            _first(steps), donate_argnums=0, in_shardings=given, out_shardings=everywhere
         )
 
     def start(self) -> TrainState:
-        """Before the first step."""
-        return training.init_train_state(
+        """Before the first step, on all devices."""
+        state = training.init_train_state(
             self._init_key, self.spec, self._optimizer, self.config.gain
         )
+        return self._everywhere(state)
+
+    def _everywhere(self, tree: Any) -> Any:
+        """Arrays that every process has, on the devices of all of them."""
+        return jax.jit(lambda tree: tree, out_shardings=self._place.everywhere)(tree)
 
     def compile(self, state: TrainState) -> TrainState:
-        """Compile the steps and bring the data to the devices, once; the state as it lies there."""
-        state, self._given = jax.device_put((state, self._given), self._place.everywhere)
+        """Compile the steps and bring the data to the devices, once; the state is left as it is."""
+        self._given = self._everywhere(self._given)
         images, labels, key = self._given
-        batches = jax.device_put(self.dispatches(0)[0], self._place.batches)
+        batches = jax.ShapeDtypeStruct(self._shape, np.int32)
         began = time.perf_counter()
         self._run = self._run.lower(state, images, labels, batches, key, np.int32(0)).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -134,8 +141,7 @@ class Training:
         images, labels, key = self._given
         count = len(batches)
         padded = np.resize(batches, self._shape)  # with steps that are not made
-        placed = jax.device_put(padded, self._place.batches)
-        state, metrics = self._run(state, images, labels, placed, key, np.int32(count))
+        state, metrics = self._run(state, images, labels, padded, key, np.int32(count))
         return state, jax.tree.map(lambda values: values[:count], jax.device_get(metrics))
 
     def epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, Record]:

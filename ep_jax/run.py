@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ep_jax import health, selection
+from ep_jax import health, processes, selection
 from ep_jax.checkpoint import Checkpoints, load_weights, save_weights
 from ep_jax.claims import claimed
 from ep_jax.data import Dataset, load
@@ -103,6 +103,21 @@ def train(
         StoppedError: SIGTERM or Ctrl-C came. Where the run was, it can go on with `resume`.
     """
     out, console = own_path("out", out), console or RunConsole()
+    if not processes.is_first():
+        console = RunConsole(quiet=True)
+    with contextlib.ExitStack() as held:
+        error = None
+        if processes.is_first():
+            try:
+                _take(out, resume, held)
+            except (OSError, ValueError) as refused:
+                error = refused
+        processes.after_first(error)
+        return _train(config, out, data, resume, on_epoch, console)
+
+
+def _take(out: Path, resume: bool, held: contextlib.ExitStack) -> None:
+    """Make the run's folder, for this job alone as long as it is `held`."""
     if not resume:
         if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
             raise FileExistsError(f"out is {str(out)!r}, which holds a run; expected a new folder, "
@@ -111,13 +126,14 @@ def train(
     check_plain("out", out)
     new = not out.exists()
     make_folder("out", out)
-    try:
-        with claimed("out", out):
-            return _train(config, out, data, resume, on_epoch, console)
-    finally:
-        if new:
-            with contextlib.suppress(OSError):  # it holds something
-                out.rmdir()
+    if new:
+        held.callback(_remove_if_empty, out)
+    held.enter_context(claimed("out", out))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def _train(
@@ -144,7 +160,8 @@ def _train(
         made_by = [p for p in done["made_by"] if p != made_by[0]] + made_by
         say(console, f"resumed in epoch {len(history) + 1}, after {len(steps)} of "
             f"{dispatches * each} steps")  # fmt: skip
-    write_json(out / "config.json", to_json(config))
+    if processes.is_first():
+        write_json(out / "config.json", to_json(config))
     state = training.compile(state)
 
     def save() -> None:
@@ -166,14 +183,16 @@ def _train(
                 began = time.perf_counter()
                 state, metrics = training.steps(state, some)
                 seconds = (time.perf_counter() - began) / len(some)
+                # All processes of a job do the same.
+                seconds, stop, save_now = processes.largest(seconds, asked.stop or 0, asked.save)
                 at_once = max(1, int(HEED_WITHIN / seconds))
                 health.check_finite(metrics, epoch, before)
                 steps += [r | {"seconds": seconds} for r in records_of(metrics, training.spec)]
                 if len(steps) < len(plan):  # the end of an epoch saves anyway
-                    if asked.stop is not None or asked.save:
+                    if stop or save_now:
                         save()
-                    if asked.stop is not None:
-                        raise _stopped(asked.stop, epoch, state)
+                    if stop:
+                        raise _stopped(int(stop), epoch, state)
                     if len(steps) % each == 0:
                         # The mean since the epoch began, as its last line is of all of it.
                         report(epoch, len(steps) // each, describe(mean_record(steps)))
@@ -183,21 +202,23 @@ def _train(
             steps = []
             # Before the checkpoint: what comes after it is not made again when a run resumes.
             lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in history)
-            write_atomically(out / "metrics.jsonl", lines.encode())
-            if config.keep == "best":
+            if processes.is_first():
+                write_atomically(out / "metrics.jsonl", lines.encode())
+            if config.keep == "best" and processes.is_first():
                 params = jax.device_get(state.params)
                 selection.keep_if_best(out / "best", history, params, training.spec, config.phases)
             save()
-            if config.keep == "best":
+            if config.keep == "best" and processes.is_first():
                 selection.forget_others(out / "best", history)
             report(epoch, dispatches, describe(record))
             for kind in record["warnings"].keys() - warned:
                 say(console, f"warning: {record['warnings'][kind]}", "yellow")
             warned |= record["warnings"].keys()
-            if on_epoch is not None:
+            if on_epoch is not None and processes.is_first():
                 on_epoch(record)
-            if asked.stop is not None and epoch < config.epochs:
-                raise _stopped(asked.stop, epoch, state)
+            (stop,) = processes.largest(asked.stop or 0)
+            if stop and epoch < config.epochs:
+                raise _stopped(int(stop), epoch, state)
     checkpoints.close()
     return _finish(training, state, history, made_by, out, console)
 
@@ -226,7 +247,8 @@ def _finish(
     if config.keep == "best":
         epoch = selection.best_epoch(history)
         params, *_ = load_weights(selection.folder_of(out / "best", epoch))
-    save_weights(out, params, spec, config.phases)  # before anything that may fail
+    if processes.is_first():
+        save_weights(out, params, spec, config.phases)  # before anything that may fail
     result = {
         **evaluate(
             params,
@@ -248,6 +270,8 @@ def _finish(
         **made_by[-1],
         "resumed_from": made_by[:-1],  # other versions, or another machine
     }
+    if not processes.is_first():
+        return result
     write_json(out / "result.json", result)
     # The run is complete: what fails now is told, and no more.
     figures: dict[str, Any] = {}

@@ -452,18 +452,6 @@ def test_the_claim_of_a_dead_process_is_no_claim(tmp_path: Path) -> None:
     assert not held(tmp_path)
 
 
-def test_the_processes_of_a_job_share_a_claim(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of several processes that locks out the others."""
-    left_behind(tmp_path, host="elsewhere", job="17")
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert not held(tmp_path)
-    assert (tmp_path / claims.NAME).exists()  # it is the other one's to give back
-    monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert held(tmp_path)
-
-
 def test_of_many_who_see_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
     """A claim that two take over, since both have seen that its owner is dead."""
     left_behind(tmp_path, began="1")
