@@ -87,7 +87,8 @@ MUTANTS: dict[str, Mutant] = {
         "b if drive is None else drive for b, drive", DYN),
     "dense_transpose": Mutant(
         "the adjoint of a dense layer rolled by one",
-        "return maps.product(field, prepared.T)", "return jnp.roll(maps.product(field, prepared.T), 1)", LAY),
+        "return maps.product(field, prepared.T)",
+        "return jnp.roll(maps.product(field, prepared.T), 1)", LAY),
     "conv_transpose": Mutant(
         "a kernel not transposed in the loop of the adjoint",
         "corner, weights = _apart(part[0]), part[1]",
