@@ -183,10 +183,10 @@ def _train(
                 began = time.perf_counter()
                 state, metrics = training.steps(state, some)
                 seconds = (time.perf_counter() - began) / len(some)
+                health.check_finite(metrics, epoch, before)
                 # All processes of a job do the same.
                 seconds, stop, save_now = processes.largest(seconds, asked.stop or 0, asked.save)
                 at_once = max(1, int(HEED_WITHIN / seconds))
-                health.check_finite(metrics, epoch, before)
                 steps += [r | {"seconds": seconds} for r in records_of(metrics, training.spec)]
                 if len(steps) < len(plan):  # the end of an epoch saves anyway
                     if stop or save_now:
@@ -196,7 +196,8 @@ def _train(
                     if len(steps) % each == 0:
                         # The mean since the epoch began, as its last line is of all of it.
                         report(epoch, len(steps) // each, describe(mean_record(steps)))
-                asked.save = False
+                if save_now:
+                    asked.save = False
             record = training.epoch_record(state, epoch, steps)
             history.append(record)
             steps = []

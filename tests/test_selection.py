@@ -74,7 +74,7 @@ def test_the_weights_of_the_best_epoch_alone_are_kept(tmp_path: Path) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Runs whose validation errors are given; what comes after the training is left out."""
     for name in ("_draw", "_report", "evaluate"):
-        monkeypatch.setattr(run, name, lambda *args: {})
+        monkeypatch.setattr(run, name, lambda *args, **settings: {})
     monkeypatch.setattr(run, "summary", lambda *args: "")
 
     def plan(*errors: float) -> list[Any]:

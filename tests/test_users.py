@@ -375,7 +375,7 @@ def test_a_complete_run_does_not_fail_by_its_figures(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(run, part, full)
-    monkeypatch.setattr(run, "evaluate", lambda *_: {"test_error": 1.0})  # no summary of that
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: {"test_error": 1.0})  # no summary
     said = rf"{what} failed: .*No space left.*; the result is in"
     with pytest.warns(UserWarning, match=said):
         result = run.train(replace(TINY, epochs=1), tmp_path)
@@ -388,7 +388,7 @@ def test_weights_are_there_before_anything_may_fail(
 ) -> None:
     """An evaluation that runs out of memory, and takes the training with it."""
 
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **settings: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr(run, "evaluate", fails)
