@@ -15,11 +15,14 @@ from ep_jax.devices import divide_cpu
 # The cores of a CPU as two devices, for what divides a batch.
 divide_cpu(int(os.environ.get("EP_JAX_TEST_DEVICES", "2")))
 
-# Most of the tests' time is compilation, and many runs compile the same programs.
-_compiled = tempfile.TemporaryDirectory(prefix="ep_jax-compiled-", ignore_cleanup_errors=True)
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# Most of the tests' time is compilation, and many of them compile the same programs: what one
+# process compiles is there for all of a test session.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="ep_jax-compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # The same examples on every run and machine; nothing is written to disk.
 hypothesis.settings.register_profile(

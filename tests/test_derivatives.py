@@ -83,8 +83,8 @@ def gradients(spec: ep.NetworkSpec, derivative: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "coordinates"),
     [
-        ("skips", "displacement"),
-        *(slow(name, "displacement") for name in SPECS if name != "skips"),
+        ("ends in a convolution", "displacement"),
+        *(slow(name, "displacement") for name in list(SPECS)[:-1]),
         slow("skips", "absolute"),
     ],
 )

@@ -23,9 +23,10 @@ def given(spec: ep.NetworkSpec, batch: int = 12) -> tuple[Any, Any, jax.Array, j
     return params, spec, xs, jax.random.randint(keys[2], (batch,), 0, 3)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS, ids=lambda g: g.__name__)
 @pytest.mark.parametrize(
-    "neuron", [ep.Rate(), ep.DeltaCode(), ep.Bernoulli()], ids=lambda n: type(n).__name__
+    ("gradient", "neuron"),
+    [*((gradient, ep.Rate()) for gradient in GRADIENTS), (ep.ep_gradient, ep.Bernoulli())],
+    ids=["ep", "bptt", "implicit", "stochastic"],
 )
 def test_parts_have_the_gradient_of_the_whole(gradient: Any, neuron: ep.Neuron) -> None:
     """A sum instead of a mean; examples of one part with targets or keys of another."""
@@ -85,11 +86,13 @@ def test_each_part_is_divided_among_the_devices() -> None:
     place = placements(2)
     xs, ys = jax.device_put((xs, ys), place.examples)
     params = jax.device_put(params, place.everywhere)
-    run = jax.jit(
-        lambda p, xs, ys: ep.ep_gradient(p, SPEC, xs, ys, ep.Phases(4, 3), microbatch=4)[0]
-    )
-    wanted = ep.ep_gradient(params, SPEC, xs, ys, ep.Phases(4, 3))[0]
-    found = run(params, xs, ys)
+
+    def gradient(microbatch: int | None) -> Any:
+        settings = {"spec": SPEC, "phases": ep.Phases(4, 3), "microbatch": microbatch}
+        return jax.jit(lambda p, xs, ys: ep.ep_gradient(p, xs=xs, ys=ys, **settings)[0])
+
+    run = gradient(4)
+    wanted, found = gradient(None)(params, xs, ys), run(params, xs, ys)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, wanted)
     text = run.lower(params, xs, ys).compile().as_text() or ""
     assert "f32[4,2,6,6," in text  # of each of four parts two examples on each device

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import flat, make_batch, make_params, slow
+from helpers import flat, make_batch, make_params
 
 import ep_jax as ep
 from ep_jax.pruning import activity, prune
@@ -33,11 +33,12 @@ def silenced(spec: ep.NetworkSpec) -> Any:
     return tuple(layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("neuron", "cost", "estimator", "coordinates"),
     [
-        slow(ep.Rate, "cross_entropy", "one_sided", "displacement"),
-        slow(ep.DeltaCode, "squared_error", "one_sided", "displacement"),
+        (ep.Rate, "cross_entropy", "one_sided", "displacement"),
+        (ep.DeltaCode, "squared_error", "one_sided", "displacement"),
         (ep.SigmaDelta, "squared_error", "symmetric", "absolute"),
     ],
 )
