@@ -26,9 +26,11 @@ demo: $(RUNTIME) ## train a small network on the digits, from scratch
 	rm -rf runs/demo
 	$(BIN)/ep-jax train --preset digits --out runs/demo
 
-# Most of their time is compilation, which this makes cheaper. The slow ones run fully optimised programs.
+# Most of the tests' time is compilation, which this makes cheaper.
+test test-slow coverage: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
+
 test: $(DEV) ## run the tests
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 test-slow: $(DEV) ## run the tests that take longest
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow

@@ -16,11 +16,11 @@ from ep_jax.devices import divide_cpu
 divide_cpu(int(os.environ.get("EP_JAX_TEST_DEVICES", "2")))
 
 # Most of the tests' time is compilation, and many of them compile the same programs: what one
-# process compiles is there for all of a test session.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# process compiles is there for all of a session, or of as many as share a folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="ep_jax-compiled-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
