@@ -57,7 +57,9 @@ napoleon_use_ivar = True
 default_role = "py:obj"
 nitpick_ignore_regex = [
     # Other projects' names, and types that are no part of the interface.
-    (r"py:.*", r"(jax|jaxlib|numpy|np|optax|flax|nnx|rich|collections|os|typing)\..*"),
+    (r"py:.*", r"(jax|jaxlib|numpy|np|optax|flax|nnx|rich|matplotlib)\..*"),
+    (r"py:.*", r"(collections|os|pathlib|typing)\..*"),
+    (r"py:obj", r"ep_jax\.__version__"),
     (r"py:class", r"ep_jax\.(.*\._\w+|network\.Edge)"),
 ]
 
