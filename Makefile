@@ -30,10 +30,10 @@ demo: $(RUNTIME) ## train a small network on the digits, from scratch
 test test-slow coverage: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
 
 test: $(DEV) ## run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow'
 
 test-slow: $(DEV) ## run the tests that take longest
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow
 
 # Strictly: a broken link, a name that is not documented or a notebook that fails ends it.
 docs: $(DOCS) ## build the documentation, notebooks executed, in docs/_build/html
@@ -41,7 +41,7 @@ docs: $(DOCS) ## build the documentation, notebooks executed, in docs/_build/htm
 	@echo 'documentation: docs/_build/html/index.html'
 
 coverage: $(DEV) ## run all tests, and tell which lines of ep_jax they miss
-	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term
 
 lint: $(DEV) ## check style and formatting
 	$(BIN)/ruff check $(SOURCES)

@@ -35,6 +35,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ep_jax")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that look at one run go to one worker: another would make the run again."""
+    for item in items:
+        for run in ("alone", "finished", "shown"):
+            if run in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(run))
+
+
 @pytest.fixture(scope="module")
 def x64() -> Iterator[None]:
     """Double precision for a module: ``pytestmark = pytest.mark.usefixtures("x64")``.

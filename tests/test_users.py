@@ -578,7 +578,8 @@ def test_a_gradient_is_exported_for_any_batch(gradient: Any) -> None:
         jax.export.export(unsized)(*given)
 
 
-@pytest.mark.parametrize("neuron", [ep.Rate(), slow(ep.DeltaCode())], ids=["rate", "code"])
+@pytest.mark.slow
+@pytest.mark.parametrize("neuron", [ep.Rate(), ep.DeltaCode()], ids=["rate", "code"])
 def test_gradients_are_the_same_without_jit(neuron: ep.Neuron) -> None:
     """``JAX_DISABLE_JIT=1``, with which people look for their errors."""
     spec = ep.NetworkSpec((4,), (ep.Dense(5), ep.Dense(3)), neuron)
