@@ -16,7 +16,8 @@ import ep_jax
 HOME = Path(__file__).parent.parent
 sys.path.insert(0, str(HOME / "experiments"))
 
-from results_table import table  # noqa: E402 - of this repository
+import recurrence  # noqa: E402 - of this repository
+from results_table import table  # noqa: E402
 
 project = "ep_jax"
 author = "The ep_jax authors"
@@ -35,7 +36,12 @@ exclude_patterns = ["_build"]
 source_suffix = {".md": "myst-nb"}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "substitution"]
-myst_substitutions = {"results_table": table(HOME / "results" / "table")}
+measured = recurrence.results(HOME / "results" / "recurrence")
+myst_substitutions = {
+    "results_table": table(HOME / "results" / "table"),
+    "recurrence_table": recurrence.summary(measured),
+    "recurrence_sweeps": recurrence.more_sweeps(measured),
+}
 myst_heading_anchors = 3
 
 # Only the notebooks, which name a kernel, are executed, and only where they changed.
