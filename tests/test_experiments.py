@@ -147,6 +147,9 @@ def test_recurrence_of_a_network_trained_by_muon(tmp_path: Path) -> None:
     assert fast["relaxation"] == optimal_relaxation(fast["radius_largest"])
     assert fast["sweeps"] <= fast["sweeps_without"]
     assert fast["fixed_points_apart"] < 1e-12
+    told = recurrence.summary({"muon": found})
+    assert f"| error at the fixed point, % | {found['recurrent']['error']:.2f} |" in told
+    assert "| `muon` | own, 30 + 20 |" in recurrence.more_sweeps({"muon": found})
 
 
 @pytest.mark.usefixtures("nans_allowed")
