@@ -11,7 +11,6 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
-DOCS := $(VENV)/.installed-docs
 SOURCES := $(wildcard ep_jax experiments benchmarks docs tests tools)
 
 .DEFAULT_GOAL := help
@@ -36,7 +35,7 @@ test-slow: $(DEV) ## run the tests that take longest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow
 
 # Strictly: a broken link, a name that is not documented or a notebook that fails ends it.
-docs: $(DOCS) ## build the documentation, notebooks executed, in docs/_build/html
+docs: $(DEV) ## build the documentation, notebooks executed, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html $(DOCS_FLAGS) docs docs/_build/html
 	@echo 'documentation: docs/_build/html/index.html'
 
@@ -61,9 +60,8 @@ clean: ## remove the environment, caches, runs/demo and the built documentation
 
 # The stamp is written last, so an interrupted installation starts over.
 $(RUNTIME): EXTRA := [cli,digits,plot]
-$(DEV): EXTRA := [dev]
-$(DOCS): EXTRA := [docs]
-$(RUNTIME) $(DEV) $(DOCS): pyproject.toml constraints.txt
+$(DEV): EXTRA := [dev,docs]
+$(RUNTIME) $(DEV): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c '$(NEW_ENOUGH)' || { \
 		echo 'ep_jax needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3' >&2; \
 		exit 1; }
