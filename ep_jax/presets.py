@@ -342,7 +342,7 @@ PRESETS: dict[str, Config] = {
         batch=32,
         kernels=(3, 3),
         padding="SAME",
-        augmentation=Augmentation(),
+        augmentation=Augmentation(rotate=10.0, scale=0.1, shear=8.0),
     ),
     **_compared("mnist", _MNIST),
     **_weak("mnist", _WEAK),
