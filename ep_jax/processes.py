@@ -14,6 +14,8 @@ from jax.experimental import multihost_utils
 
 STARTERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 """How the programs that start several processes tell them how many they are."""
+HOSTS = "TPU_WORKER_HOSTNAMES"
+"""How the hosts of a TPU slice tell who they are, with commas between."""
 SILENCE = 30
 """Seconds without a sign of life after which a process is given up, and all others end."""
 
@@ -23,8 +25,8 @@ def join(
 ) -> None:
     """Join the other processes of this job. It comes before JAX's first use.
 
-    A cluster's environment tells who they are (Slurm's ``srun``, Open MPI's ``mpirun``), or the
-    caller does. Alone, nothing happens.
+    A cluster's environment tells who they are (Slurm's ``srun``, Open MPI's ``mpirun``, a TPU slice
+    of several hosts), or the caller does. Alone, nothing happens.
 
     Args:
         coordinator: ``"HOST:PORT"`` of the first process, the same for all.
@@ -33,6 +35,11 @@ def join(
 
     Raises:
         ValueError: some of the arguments are given, and not all.
+
+    Example:
+        >>> join()  # where nothing says that there are others
+        >>> is_first()
+        True
     """
     given = (coordinator, processes, process)
     named = [value is not None for value in given]
@@ -41,7 +48,8 @@ def join(
                          "none where a cluster's environment tells them")  # fmt: skip
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ValueError(f"process is {process}; expected one of 0 ... {processes - 1}")
-    if not any(named) and not any(int(os.environ.get(name) or 1) > 1 for name in STARTERS):
+    started = any(int(os.environ.get(name) or 1) > 1 for name in STARTERS)
+    if not any(named) and not started and "," not in os.environ.get(HOSTS, ""):
         return
     jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=SILENCE)
 

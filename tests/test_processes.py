@@ -120,7 +120,7 @@ def test_half_of_a_job_is_refused(given: tuple[str | None, int | None, int | Non
 
 def test_alone_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     """A port that is opened, or a wait for nobody."""
-    for name in processes.STARTERS:
+    for name in (*processes.STARTERS, processes.HOSTS):
         monkeypatch.delenv(name, raising=False)
     processes.join()
     assert processes.is_first()
@@ -128,6 +128,29 @@ def test_alone_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     processes.after_first(None)
     with pytest.raises(OSError, match="mine"):
         processes.after_first(OSError("mine"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "joins"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "2", True),
+        ("SLURM_STEP_NUM_TASKS", "1", False),
+        ("OMPI_COMM_WORLD_SIZE", "4", True),
+        ("TPU_WORKER_HOSTNAMES", "one,two", True),
+        ("TPU_WORKER_HOSTNAMES", "one", False),
+    ],
+)
+def test_a_clusters_environment_is_heard(
+    name: str, value: str, joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that each train alone, into one folder; one that waits for others who are none."""
+    for other in (*processes.STARTERS, processes.HOSTS):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *who, **_: joined.append(who))
+    processes.join()
+    assert joined == [(None, None, None)] * joins
 
 
 def test_devices_are_of_all_processes_alike(monkeypatch: pytest.MonkeyPatch) -> None:
