@@ -248,16 +248,19 @@ _MNIST = Config(
 )
 
 # FashionMNIST pulls a network towards the edge of contractivity. Little decay keeps it away: small
-# weights reach the same outputs only by a larger gain of the loop.
+# weights reach the same outputs only by a larger gain of the loop. So does variation of the images.
+# Images near the edge settle slowly, and their displacements saturate at a nudge that others bear.
 _FASHION = Config(
     dataset="fashion_mnist",
-    epochs=16,
+    epochs=12,
     kernels=(5, 3),
     padding="SAME",
     hidden=(256,),
-    phases=replace(_PHASES, free=12, nudged=8, free_more=16, nudged_more=14, limit=3.0),
+    phases=replace(
+        _PHASES, free=16, nudged=12, beta=0.002, free_more=20, nudged_more=16, limit=12.0
+    ),
     weight_decay=0.05,
-    augmentation=Augmentation(flip=True, erase=4),
+    augmentation=Augmentation(shift=2, flip=True, erase=4),
 )
 
 # Binary spikes, whose trace must forget, ask for more sweeps.
@@ -287,7 +290,7 @@ _WEAK_FASHION = replace(
     kernels=(5, 3),
     padding="SAME",
     hidden=(256,),
-    augmentation=_FASHION.augmentation,
+    augmentation=Augmentation(flip=True, erase=4),
     weight_decay=0.1,
 )
 _WEAK_BINARY = replace(
