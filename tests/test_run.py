@@ -41,6 +41,7 @@ TINY = dataclasses.replace(
     kernels=(3,),
     hidden=(16,),
     phases=ep.Phases(free=6, nudged=4, sweep="alternating", coordinates="displacement"),
+    augmentation=training.Augmentation(),
 )
 
 
