@@ -13,8 +13,7 @@ import numpy as np
 from ep_jax import training
 from ep_jax.data import Dataset, to_float
 from ep_jax.diagnostics import AMBIGUOUS, contractivity, feedback_answers
-from ep_jax.gradients.batch import GradientInfo
-from ep_jax.hardware import hardware_cost, synaptic_operations, told_of
+from ep_jax.hardware import hardware_cost, recorded, synaptic_operations
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.phases import Phases
 
@@ -123,11 +122,7 @@ def hardware_of(
         The fields of `ep_jax.hardware.Cost` of an ``inference`` and of learning by ``ep`` (where
         the nudged phase is known), ``bptt`` and ``backprop``.
     """
-    info = told_of(phases, False, spikes)
-    if spikes_nudged is not None:
-        nothing = jnp.zeros(())
-        info = GradientInfo(nothing, nothing, info, told_of(phases, True, spikes_nudged))
-    costs = hardware_cost(spec, info, phases)._asdict()
+    costs = hardware_cost(spec, recorded(phases, spikes, spikes_nudged), phases)._asdict()
     return {name: cost._asdict() for name, cost in costs.items() if cost is not None}
 
 

@@ -76,6 +76,11 @@ class Cost(NamedTuple):
     joules: float
     memory_joules: float
 
+    @property
+    def moved(self) -> float:
+        """Words read from and written to all memories."""
+        return self.state_reads + self.state_writes + self.weight_reads + self.weight_writes
+
 
 class HardwareCost(NamedTuple):
     """What a network costs for each example; learning includes the inference.
@@ -209,18 +214,31 @@ def hardware_cost(
     )
 
 
-def told_of(phases: Phases, nudged: bool, spikes: Sequence[jax.Array | float]) -> PhaseInfo:
-    """What a phase of a batch tells of sweeps and spikes, from a record of them; the rest is zero.
+def recorded(
+    phases: Phases,
+    spikes: Sequence[jax.Array | float],
+    spikes_nudged: Sequence[jax.Array | float] | None = None,
+) -> PhaseInfo | GradientInfo:
+    """What phases told of sweeps and spikes, from a record of them; the rest is zero.
 
     Args:
-        phases: the phases.
-        nudged: whether it is the nudged one.
-        spikes: spikes per neuron of each layer.
+        phases: the phases: with a tolerance, their sweeps are the most there can be.
+        spikes: spikes per neuron of each layer in a free phase.
+        spikes_nudged: those in a nudged phase, where they are known.
 
     Example:
-        >>> float(told_of(Phases(stragglers=0.5, free=8, free_more=4), False, [1.0]).sweeps)
+        >>> phases = Phases(stragglers=0.5, free=8, free_more=4)
+        >>> float(recorded(phases, [1.0]).sweeps)  # half of the examples make four more
         10.0
     """
+    free = _recorded(phases, False, spikes)
+    if spikes_nudged is None:
+        return free
+    nothing = jnp.zeros(())
+    return GradientInfo(nothing, nothing, free, _recorded(phases, True, spikes_nudged))
+
+
+def _recorded(phases: Phases, nudged: bool, spikes: Sequence[jax.Array | float]) -> PhaseInfo:
     sweeps = phases.sweeps(nudged) + phases.stragglers * phases.more(nudged)
     nothing = jnp.zeros(())
     zeros = (nothing,) * len(spikes)

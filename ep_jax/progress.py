@@ -14,6 +14,7 @@ from ep_jax.extras import extra
 from ep_jax.loop import Record
 from ep_jax.network import NetworkSpec
 from ep_jax.presets import Config
+from ep_jax.tables import spaced
 
 with extra("cli"):
     from rich.console import Console
@@ -106,7 +107,7 @@ _SHORT = {"ep": "EP", "bptt": "BPTT", "backprop": "backprop"}
 def summary(config: Config, dataset: str, spec: NetworkSpec, result: Record, out: Path) -> Table:
     """The result as a table."""
     validation = result["val_error"][-1]
-    spikes = " ".join(f"{s:.2f}" for s in result["spikes_per_neuron"])
+    spikes = spaced(result["spikes_per_neuron"])
     method = _METHODS[config.gradient]
     title = Text(f"{dataset}: {type(config.neuron).__name__}, {method}")
     table = Table(title=title, min_width=60)
@@ -118,7 +119,7 @@ def summary(config: Config, dataset: str, spec: NetworkSpec, result: Record, out
         table.add_row("validation error, last epoch", f"{validation:.2f} %")
     table.add_row("spikes per neuron and image, by layer", spikes)
     heard = result["recurrence"]
-    share = " ".join(f"{s:.2f}" for s in heard["share"])
+    share = spaced(heard["share"])
     radius = f"{heard['radius_mean']:.2f}, {heard['radius_largest']:.2f}"
     errors = [heard[name] for name in ("error", "error_cut", "error_other")]
     table.add_row(

@@ -23,8 +23,10 @@ from ep_jax.data import DATASETS, Dataset, load, to_float
 from ep_jax.evaluation import held_out
 from ep_jax.extras import extra
 from ep_jax.files import own_path, write_atomically
+from ep_jax.hardware import Cost
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.phases import Phases
+from ep_jax.tables import spaced
 
 with extra("plot"):
     import matplotlib as mpl
@@ -273,7 +275,7 @@ def _recurrence(result: Mapping[str, Any]) -> str:
     if "recurrence" not in result:
         return ""
     heard = result["recurrence"]
-    share = " ".join(f"{s:.2f}" for s in heard["share"])
+    share = spaced(heard["share"])
     rows = [
         ("feedback strength", f"{heard['feedback']:g}"),
         ("share of each layer's state that feedback makes", share),
@@ -306,11 +308,9 @@ def _hardware(result: Mapping[str, Any]) -> str:
     rows = []
     for name, title in _COSTS.items():
         if (cost := costs.get(name)) is not None:
-            moved = sum(
-                cost[f"{of}_{way}"] for of in ("state", "weight") for way in ("reads", "writes")
-            )
-            counts = (cost["macs"], cost["acs"], cost["spikes"], moved, cost["held"])
-            energy = f"{1e6 * cost['joules']:.3g}"
+            found = Cost(**cost)
+            counts = (found.macs, found.acs, found.spikes, found.moved, found.held)
+            energy = f"{1e6 * found.joules:.3g}"
             rows.append((title, *(f"{count:,.0f}" for count in counts), energy))
     note = (
         '<p class="note">Counted, not measured: 32-bit arithmetic in 45 nm, memories of 32 KB. '

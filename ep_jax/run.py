@@ -148,6 +148,8 @@ def _train(
     if data is None:
         data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
     training = Training(config, data)
+    writes = processes.is_first()
+    keeps_best = writes and config.keep == "best"
     state = training.start()
     checkpoints = Checkpoints(out / "checkpoints", _identity(config, data), CAME_LATER)
     made_by = [provenance()]
@@ -160,7 +162,7 @@ def _train(
         made_by = [p for p in done["made_by"] if p != made_by[0]] + made_by
         say(console, f"resumed in epoch {len(history) + 1}, after {len(steps)} of "
             f"{dispatches * each} steps")  # fmt: skip
-    if processes.is_first():
+    if writes:
         write_json(out / "config.json", to_json(config))
     state = training.compile(state)
 
@@ -203,19 +205,19 @@ def _train(
             steps = []
             # Before the checkpoint: what comes after it is not made again when a run resumes.
             lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in history)
-            if processes.is_first():
+            if writes:
                 write_atomically(out / "metrics.jsonl", lines.encode())
-            if config.keep == "best" and processes.is_first():
+            if keeps_best:
                 params = jax.device_get(state.params)
                 selection.keep_if_best(out / "best", history, params, training.spec, config.phases)
             save()
-            if config.keep == "best" and processes.is_first():
+            if keeps_best:
                 selection.forget_others(out / "best", history)
             report(epoch, dispatches, describe(record))
             for kind in record["warnings"].keys() - warned:
                 say(console, f"warning: {record['warnings'][kind]}", "yellow")
             warned |= record["warnings"].keys()
-            if on_epoch is not None and processes.is_first():
+            if on_epoch is not None and writes:
                 on_epoch(record)
             (stop,) = processes.largest(asked.stop or 0)
             if stop and epoch < config.epochs:

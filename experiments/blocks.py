@@ -37,6 +37,7 @@ from ep_jax.nnx import Equilibrium
 from ep_jax.presets import NEURONS
 from ep_jax.progress import RunConsole
 from ep_jax.provenance import provenance
+from ep_jax.tables import spaced
 from ep_jax.training import Augmentation
 
 RULES: dict[str, ep.Derivative] = {"ep": ep.EP(), "bptt": ep.BPTT(), "implicit": ep.Implicit()}
@@ -253,8 +254,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{1e3 * row['step_seconds']:.0f} ms",
             f"{row['temporary_bytes'] / 2**20:.1f} MiB" if row["temporary_bytes"] else "-",
             " ".join(f"{r:.0e}" for r in row["residuals"]),
-            "; ".join(" ".join(f"{s:.2f}" for s in block) for block in row["share"]),
-            " ".join(f"{r:.2f}" for r in row["radius"]),
+            "; ".join(map(spaced, row["share"])),
+            spaced(row["radius"]),
         )
     return made
 

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import tyro
 from common import command
 
 import ep_jax as ep
-from ep_jax.hardware import FLOAT32, FLOAT32_DRAM, INT8, HardwareCost, hardware_cost, told_of
+from ep_jax.hardware import FLOAT32, FLOAT32_DRAM, INT8, HardwareCost, hardware_cost, recorded
 from ep_jax.tables import markdown
 
 ENERGIES = {"float32": FLOAT32, "float32_dram": FLOAT32_DRAM, "int8": INT8}
@@ -47,12 +46,8 @@ def cost_of(folder: Path, energies: str) -> HardwareCost:
     """The cost of a network that lies in a folder, from what its result file says of it."""
     _, spec, phases = ep.load_weights(folder)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    free = told_of(phases, False, result["spikes_per_neuron"])
-    sent = result.get("last_epoch", {}).get("spikes_nudged_per_layer")
-    info: Any = free
-    if sent is not None:  # older results do not tell
-        nothing = jnp.zeros(())
-        info = ep.GradientInfo(nothing, nothing, free, told_of(phases, True, sent))
+    sent = result.get("last_epoch", {}).get("spikes_nudged_per_layer")  # older ones do not tell
+    info = recorded(phases, result["spikes_per_neuron"], sent)
     return hardware_cost(spec, info, phases, ENERGIES[energies])
 
 
@@ -62,9 +57,7 @@ def table(cost: HardwareCost) -> str:
     for name, title in TITLES.items():
         found = getattr(cost, name)
         if found is not None:
-            moved = found.state_reads + found.state_writes
-            moved += found.weight_reads + found.weight_writes
-            counts = (found.macs / 1e6, found.acs / 1e6, moved / 1e6, found.held / 1e3)
+            counts = (found.macs / 1e6, found.acs / 1e6, found.moved / 1e6, found.held / 1e3)
             rows.append((title, *(f"{n:.1f}" for n in counts), f"{1e6 * found.joules:.0f}"))
     return markdown(HEAD, rows)
 

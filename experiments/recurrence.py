@@ -50,7 +50,7 @@ from ep_jax.evaluation import recurrence_of
 from ep_jax.files import new_folder, write_json
 from ep_jax.phases import optimal_relaxation
 from ep_jax.provenance import provenance
-from ep_jax.tables import markdown
+from ep_jax.tables import markdown, spaced
 
 
 @dataclass(frozen=True)
@@ -205,18 +205,20 @@ def check(arguments: Arguments) -> dict[str, Any]:
         table.add_column(column)
     for name, row in found["right"].items():
         layers = zip(row["median"], row["mean"], row["lowest"], strict=True)
-        table.add_row(name, *(_few(values, 3) for values in layers))
+        table.add_row(name, *(spaced(values, 3) for values in layers))
     console.print(table)
     return found
 
 
 ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "share of the state that feedback makes, by layer": lambda r: _few(r["recurrent"]["share"], 2),
+    "share of the state that feedback makes, by layer": lambda r: spaced(
+        r["recurrent"]["share"], 2
+    ),
     "error at the fixed point, %": lambda r: f"{r['recurrent']['error']:.2f}",
     "with the feedback cut; its mean; another image's, %": lambda r: "; ".join(
         f"{r['recurrent'][f'error_{of}']:.2f}" for of in ("cut", "mean", "other")
     ),
-    "distance from the rate network's fixed point, by layer": lambda r: _few(
+    "distance from the rate network's fixed point, by layer": lambda r: spaced(
         r["settled"]["distance"], 4
     ),
     "own error; at four times the sweeps, %": lambda r: (
@@ -228,10 +230,10 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "images whose state depends on the start, %": lambda r: (
         f"{100 * r['recurrent']['ambiguous']:.1f}"
     ),
-    "cosine with the exact gradient, by layer: median": lambda r: _few(_own(r)["median"], 3),
-    "mean": lambda r: _few(_own(r)["mean"], 3),
-    "lowest": lambda r: _few(_own(r)["lowest"], 2),
-    "spikes per neuron, by layer": lambda r: _few(r["settled"]["spikes_per_neuron"], 1),
+    "cosine with the exact gradient, by layer: median": lambda r: spaced(_own(r)["median"], 3),
+    "mean": lambda r: spaced(_own(r)["mean"], 3),
+    "lowest": lambda r: spaced(_own(r)["lowest"], 2),
+    "spikes per neuron, by layer": lambda r: spaced(r["settled"]["spikes_per_neuron"], 1),
     "sweeps until the slowest image is within 1e-3: ω = 1; the best ω": lambda r: (
         f"{r['fast']['sweeps_without']}; {r['fast']['sweeps']} (ω = {r['fast']['relaxation']:.2f})"
     ),
@@ -257,7 +259,7 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
 def more_sweeps(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Medians of the cosines at the network's sweeps, at fewer and at more, in Markdown."""
     rows = [
-        (f"`{name}`", sweeps, _few(row["median"], 3), _few(row["mean"], 3))
+        (f"`{name}`", sweeps, spaced(row["median"], 3), spaced(row["mean"], 3))
         for name, result in found.items()
         for sweeps, row in result["right"].items()
     ]
@@ -268,10 +270,6 @@ def _own(result: Mapping[str, Any]) -> Mapping[str, Any]:
     """The cosines of the network's own neurons at its own sweeps."""
     phases = result["phases"]
     return result["right"][f"own, {phases['free']} + {phases['nudged']}"]
-
-
-def _few(values: Sequence[float], digits: int) -> str:
-    return " ".join(f"{value:.{digits}f}" for value in values)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from common import command
 
 from ep_jax.data import DATASETS
 from ep_jax.presets import CAME_LATER, PRESETS
-from ep_jax.tables import markdown
+from ep_jax.tables import markdown, spaced
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def row(dataset: str, name: str, found: Sequence[dict[str, Any]]) -> tuple[str, 
     share, radius, cut = "–", "–", "–"
     if heard:
         layers = zip(*(h["share"] for h in heard), strict=True)
-        share = " ".join(f"{statistics.mean(layer):.2f}" for layer in layers)
+        share = spaced(map(statistics.mean, layers))
         mean = statistics.mean(h["radius_mean"] for h in heard)
         radius = f"{mean:.2f}; {max(h['radius_largest'] for h in heard):.2f}"
         cut = spread([h["error_cut"] for h in heard])
