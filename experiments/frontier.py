@@ -51,12 +51,11 @@ CODES: dict[str, ep.Neuron] = {
     "3 levels": replace(CODE, levels=3),
     "5 levels": CODE,
     "7 levels": replace(CODE, levels=7),
-    "15 levels": replace(CODE, levels=15),
     "3 levels, scheduled": ep.DeltaCode(
         quantum=0.5, decay=0.75, nudged_quantum=0.7, nudged_decay=0.65
     ),
 }
-SWEEPS = ((6, 4), (8, 6), (12, 8), (16, 12), (24, 16), (40, 30))
+SWEEPS = ((6, 4), (8, 6), (12, 8), (16, 12), (24, 16))
 MORE = {"free_more": PRESET.free_more, "nudged_more": PRESET.nudged_more}
 STRAGGLERS = ({}, *({"stragglers": share} | MORE for share in (0.0625, PRESET.stragglers, 0.25)))
 QUANTA = (
@@ -96,11 +95,16 @@ class Subject:
     ys: np.ndarray
 
 
-def points() -> Iterator[tuple[str, str, ep.Neuron, ep.Phases]]:
-    """What is measured of each subject: part of the study, name, neuron model and phases."""
+def points(age: str) -> Iterator[tuple[str, str, ep.Neuron, ep.Phases]]:
+    """What is measured of a subject: part of the study, name, neuron model and phases.
+
+    Early in training every network settles fast: there only the sweeps are of interest.
+    """
     for name, neuron in CODES.items():
         for free, nudged in SWEEPS:
             yield "sweeps", name, neuron, replace(ALONE, free=free, nudged=nudged)
+    if age == "early":
+        return
     for name in ("rate", "5 levels"):
         for more in STRAGGLERS:
             yield "stragglers", name, CODES[name], replace(ALONE, **more)
@@ -146,7 +150,7 @@ def measure(subject: Subject, neuron: ep.Neuron, phases: ep.Phases) -> dict[str,
 
 def study(subject: Subject, journal: Journal) -> None:
     """All measurements of one subject."""
-    for part, what, neuron, phases in points():
+    for part, what, neuron, phases in points(subject.age):
         key = {"part": part, "what": what, "age": subject.age, "phases": to_json(phases)}
         row = journal.row(key, lambda n=neuron, p=phases: measure(subject, n, p))
         print(
