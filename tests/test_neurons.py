@@ -624,7 +624,7 @@ def test_delta_coded_network_falls_silent(sweep: Any, row_sum: float) -> None:
     spikes, residual = info.trace
     assert spikes[:3].sum() > 10
     assert not spikes[-50:].any()
-    assert not residual[-49:].any()
+    assert residual[-49:].max() < 1e-15  # rounding: the map is computed once more
     if row_sum < 1:
         distance = np.abs(np.concatenate(state) - fixed).max()
         assert distance <= row_sum / (1 - row_sum) / 16
