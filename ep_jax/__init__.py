@@ -18,6 +18,7 @@ from ep_jax.gradients.batch import GradientInfo
 from ep_jax.gradients.bptt import bptt_gradient
 from ep_jax.gradients.ep import ep_gradient
 from ep_jax.gradients.implicit import implicit_gradient
+from ep_jax.initialization import init_params
 from ep_jax.layers import Dense, Layer, LayerParams
 from ep_jax.maps import Pool
 from ep_jax.network import (
@@ -27,7 +28,6 @@ from ep_jax.network import (
     Skip,
     State,
     energy,
-    init_params,
     phi,
 )
 from ep_jax.neurons import Bernoulli, DeltaCode, IntegrateFire, Neuron, Rate, SigmaDelta

@@ -18,8 +18,9 @@ from ep_jax.diagnostics import rate_twin
 from ep_jax.gradients.bptt import bptt_gradient
 from ep_jax.gradients.ep import ep_gradient
 from ep_jax.gradients.feedforward import feedforward_gradient
+from ep_jax.initialization import init_params
 from ep_jax.measuring import compiled, memory, timings
-from ep_jax.network import NetworkSpec, init_params
+from ep_jax.network import NetworkSpec
 from ep_jax.phases import Phases
 from ep_jax.presets import Config, spec_of
 

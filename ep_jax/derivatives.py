@@ -63,7 +63,7 @@ class EP:
 
     Example:
         >>> spec = NetworkSpec((3,), (ep_jax.Dense(4), ep_jax.Dense(2)), neuron=ep_jax.Rate())
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> phases = Phases(free=20, nudged=20, estimator="symmetric")
         >>> def loss(xs):
         ...     return equilibrium(params, spec, xs, phases, derivative=EP()).sum()
@@ -107,7 +107,7 @@ class BPTT:
 
     Example:
         >>> spec = NetworkSpec((3,), (ep_jax.Dense(4), ep_jax.Dense(2)), neuron=ep_jax.Rate())
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> settled = lambda xs: equilibrium(params, spec, xs, Phases(free=20), derivative=BPTT())
         >>> jax.jacfwd(settled)(jnp.ones((5, 3))).shape
         (5, 2, 5, 3)
@@ -136,7 +136,7 @@ class Implicit:
 
     Example:
         >>> spec = NetworkSpec((3,), (ep_jax.Dense(4), ep_jax.Dense(2)), neuron=ep_jax.Rate())
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> def loss(xs):
         ...     return equilibrium(params, spec, xs, Phases(free=40), derivative=Implicit()).sum()
         >>> jax.grad(loss)(jnp.ones((5, 3))).shape
@@ -262,7 +262,7 @@ def equilibrium(
 
     Example:
         >>> spec = NetworkSpec((3,), (ep_jax.Dense(4), ep_jax.Dense(2)), neuron=ep_jax.Rate())
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> def loss(params, xs):
         ...     output = equilibrium(params, spec, xs, Phases(free=20, nudged=20))
         ...     return jnp.sum(jnp.tanh(output))

@@ -251,7 +251,7 @@ def gdu(
 
     Example:
         >>> spec = NetworkSpec((3,), (Dense(4), Dense(2)), neuron=Rate())
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> phases = Phases(50, 6, 1e-2, sweep="synchronous", coordinates="absolute")
         >>> curves = gdu(params, spec, jnp.ones((5, 3)), jnp.zeros(5, int), phases)
         >>> curves.ep_params[0]["w"].shape, curves.bptt_state[1].shape
@@ -690,7 +690,7 @@ def suggest_phases(
 
     Example:
         >>> spec = NetworkSpec((3,), (Dense(8), Dense(2)), neuron=Rate())
-        >>> params = network.init_params(jax.random.key(0), spec, gain=0.5)
+        >>> params = network.draw_params(jax.random.key(0), spec, gain=0.5)
         >>> phases = suggest_phases(params, spec, jnp.ones((4, 3)))
         >>> phases.relaxation > 1, phases.sweep, phases.coordinates
         (True, 'ordered', 'displacement')
@@ -765,7 +765,7 @@ def sweeps_needed(
 
     Example:
         >>> spec = NetworkSpec((3,), (Dense(8), Dense(2)), neuron=Rate())
-        >>> params = network.init_params(jax.random.key(0), spec, gain=0.5)
+        >>> params = network.draw_params(jax.random.key(0), spec, gain=0.5)
         >>> found = sweeps_needed(params, spec, jnp.ones((4, 3)), Phases(free=50, nudged=50))
         >>> found.free.shape, bool(found.free.max() < 50)
         ((4,), True)

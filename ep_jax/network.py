@@ -53,7 +53,7 @@ class Skip:
     Example:
         >>> around = Skip(1, 3, Dense(10))
         >>> spec = NetworkSpec((8,), (Dense(16), Dense(16), Dense(10)), skips=(around,))
-        >>> [p["w"].shape for p in init_params(jax.random.key(0), spec)]
+        >>> [p["w"].shape for p in draw_params(jax.random.key(0), spec)]
         [(8, 16), (16, 16), (16, 10), (16, 10)]
     """
 
@@ -298,24 +298,13 @@ def _missing_methods(neuron: Any) -> list[str]:
     return [] if isinstance(neuron, type) else [n for n in names if not hasattr(neuron, n)]
 
 
-def init_params(
+def draw_params(
     key: jax.Array, spec: NetworkSpec, gain: float = 0.5, dtype: Any = jnp.float32
 ) -> Params:
-    """Random parameters: weights uniform with standard deviation ``gain / sqrt(fan_in)``, no bias.
-
-    Args:
-        key: random key.
-        spec: the network.
-        gain: scale of the weights. Large gains with strong feedback make a network multistable;
-            with small ones the states of a deep network fade away.
-        dtype: floating-point type of the parameters.
-
-    Returns:
-        A tuple over layers, then over skips, of dictionaries. Those of `Conv` and `Dense` hold
-        ``w`` and ``b``.
+    """Random parameters of every layer and skip; see `ep_jax.init_params`.
 
     Example:
-        >>> params = init_params(jax.random.key(0), NetworkSpec((8,), (Dense(4), Dense(2))))
+        >>> params = draw_params(jax.random.key(0), NetworkSpec((8,), (Dense(4), Dense(2))))
         >>> [p["w"].shape for p in params]
         [(8, 4), (4, 2)]
     """
@@ -359,7 +348,7 @@ def check_params(spec: NetworkSpec, params: Params) -> None:
 @functools.cache
 def parameters_of(spec: NetworkSpec) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
     """What parameters there are, of each layer and then of each skip."""
-    return jax.eval_shape(lambda key: init_params(key, spec), jax.random.key(0))
+    return jax.eval_shape(lambda key: draw_params(key, spec), jax.random.key(0))
 
 
 def precision_of(params: Params) -> jnp.dtype:

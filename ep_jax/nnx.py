@@ -13,7 +13,8 @@ from flax import nnx
 
 from ep_jax.derivatives import EP, Derivative, equilibrium
 from ep_jax.dynamics import PhaseInfo
-from ep_jax.network import NetworkSpec, Params, init_params
+from ep_jax.initialization import init_params
+from ep_jax.network import NetworkSpec, Params
 from ep_jax.phases import Phases
 
 

@@ -413,7 +413,7 @@ def link_norms(params: Params, spec: NetworkSpec, iterations: int = 100) -> jax.
 
     Example:
         >>> spec = NetworkSpec((1,), (Dense(2), Dense(2)))
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> params[1]["w"] = jnp.array([[0.0, 3.0], [0.5, 0.0]])
         >>> link_norms(params, spec).tolist()
         [3.0]
@@ -478,7 +478,7 @@ def norms_of(opt_state: optax.OptState) -> CapState | None:
 
     Example:
         >>> spec = NetworkSpec((1,), (Dense(1), Dense(1)))
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> optimizer = make_optimizer(spec, SGD(), learning_rate=0.1, steps=9, cap=0.9)
         >>> norms_of(optimizer.init(params)).norms.shape
         (1,)

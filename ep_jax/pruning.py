@@ -101,7 +101,7 @@ def prune(
 
     Example:
         >>> spec = NetworkSpec((1,), (Dense(2), Dense(1)))
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> params, spec = prune(params, spec, (np.array([True, False]),))
         >>> spec.layers
         (Dense(features=1), Dense(features=1))

@@ -101,7 +101,7 @@ def init_train_state(
         optimizer: its state is made for these weights.
         gain: scale of the weights, see `ep_jax.init_params`.
     """
-    params = network.init_params(key, spec, gain)
+    params = network.draw_params(key, spec, gain)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 

@@ -148,3 +148,27 @@ def test_equal_specifications_share_one_compiled_function() -> None:
     assert len(traced) == 1
     jitted(jnp.ones(2), spec=ep.NetworkSpec((4,), (ep.Dense(3), ep.Dense(2)), ep.Rate()))
     assert len(traced) == 2
+
+
+@pytest.mark.parametrize("hidden", [1, 3, 6])
+def test_a_network_starts_with_the_radius_asked_for(hidden: int) -> None:
+    """At any depth, for inputs that were not there; what comes from the input keeps its gain."""
+    layers = (*(ep.Dense(60) for _ in range(hidden)), ep.Dense(10))
+    spec = ep.NetworkSpec((40,), layers, ep.Rate())
+    drawn = ep.init_params(jax.random.key(0), spec, dtype=jnp.float64)
+    params = ep.init_params(jax.random.key(0), spec, dtype=jnp.float64, radius=0.8)
+    xs = jax.random.uniform(jax.random.key(1), (8, 40))
+    radius = ep.diagnostics.contractivity(params, spec, xs).radius
+    assert abs(float(radius.mean()) - 0.8) < 0.06
+    np.testing.assert_array_equal(params[0]["w"], drawn[0]["w"])
+    scales = [float(p["w"][0, 0] / d["w"][0, 0]) for p, d in zip(params, drawn, strict=True)]
+    np.testing.assert_allclose(scales[1:], scales[1], rtol=1e-12)
+
+
+def test_a_radius_is_of_a_loop_that_comes_to_rest() -> None:
+    spec = ep.NetworkSpec((4,), (ep.Dense(3), ep.Dense(2)))
+    for radius in (0.0, 1.0, math.nan):
+        with pytest.raises(ValueError, match="radius is"):
+            ep.init_params(jax.random.key(0), spec, radius=radius)
+    with pytest.raises(ValueError, match="one layer"):
+        ep.init_params(jax.random.key(0), ep.NetworkSpec((4,), (ep.Dense(2),)), radius=0.5)

@@ -64,7 +64,7 @@ def bptt_gradient(
 
     Example:
         >>> spec = NetworkSpec((3,), (Dense(4), Dense(2)), neuron=ep_jax.Rate())
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> xs, ys = jnp.ones((5, 3)), jnp.array([0, 1, 1, 0, 1])
         >>> grads, info = bptt_gradient(params, spec, xs, ys, Phases(free=20), tracked=5)
         >>> grads[0]["w"].shape, info.nudged is None

@@ -143,7 +143,7 @@ def ep_gradient(
 
     Example:
         >>> spec = NetworkSpec((3,), (Dense(4), Dense(2)), neuron=ep_jax.Rate())
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> xs, ys = jnp.ones((5, 3)), jnp.array([0, 1, 1, 0, 1])
         >>> grads, info = ep_gradient(params, spec, xs, ys, Phases(free=20, nudged=10))
         >>> grads[0]["w"].shape, info.output.shape

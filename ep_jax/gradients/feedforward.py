@@ -38,7 +38,7 @@ def feedforward_gradient(
 
     Example:
         >>> spec = NetworkSpec((3,), (ep_jax.Dense(4), ep_jax.Dense(2)))
-        >>> params = network.init_params(jax.random.key(0), spec)
+        >>> params = network.draw_params(jax.random.key(0), spec)
         >>> grads, info = feedforward_gradient(params, spec, jnp.ones((5, 3)), jnp.arange(5) % 2)
         >>> grads[0]["w"].shape, info.output.shape
         ((3, 4), (5, 2))
