@@ -332,7 +332,7 @@ def agreement(results: Mapping[str, Mapping[str, Any]]) -> Figure:
             axis.plot(np.tile(layers, len(values)), values.ravel(), ".", color=f"C{i}", alpha=0.4)
             axis.plot(layers, values.mean(0), "_", ms=12, mew=2, color=f"C{i}", label=name)
     left.set(yscale="log", title="1 - cosine with the exact gradient", xlabel="layer")
-    right.set(title="norm over that of the exact gradient", xlabel="layer")
+    right.set(yscale="log", title="norm over that of the exact gradient", xlabel="layer")
     right.axhline(1, color="0.6", lw=0.8)
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
