@@ -6,11 +6,11 @@
 
 Parts, all of them by default:
 
-- *rates*: each optimiser at a third of its learning rate, at it and at three times it, one seed. The
-  parts that follow take the best.
-- *trainings*: each optimiser with rate neurons and with the preset's code, all seeds. Errors, cosines
-  with the exact gradient, spectral radius, share of the state that feedback makes; over the training,
-  the norms of the links, the radius, and how concentrated a step is.
+- *rates*: each optimiser at .3, 1 and 3 times its learning rate, one seed. The parts that follow
+  take the best.
+- *trainings*: each optimiser with rate neurons and with the preset's code, all seeds. Errors,
+  cosines with the exact gradient, spectral radius, share of the state that feedback makes; over the
+  training, the norms of the links, the radius, and how concentrated a step is.
 - *relaxation*: sweeps to 1e-3 against the over-relaxation, beside Young's prediction.
 - *feedback*: sweeps to 1e-3 of networks trained at feedback 1, .5 and .25.
 - *decay*: weight decay against the share of the images with several fixed points.
@@ -58,11 +58,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": SGD(), "learning_rate": 0.25, "layer_rates": (1.0, 0.6, 0.4, 0.2)},
     "adamw, cap .7": {"optimizer": AdamW(), "learning_rate": 1e-3, "cap": 0.7, "gain": 0.6},
     "muon": {"optimizer": Muon(), "learning_rate": 0.01},
-    "muon, cap .62": {"optimizer": Muon(), "learning_rate": 0.01, "cap": 0.62, "gain": 0.6},
+    "muon, cap .61": {"optimizer": Muon(), "learning_rate": 0.01, "cap": 0.61, "gain": 0.6},
 }
-"""What differs between the trainings. A cap scales initial weights down, which may be larger then; at
-.62 four layers are proved contractive."""
-FACTORS = (1 / 3, 1.0, 3.0)
+"""What differs between the trainings. What a cap holds may start larger; at a cap of .61 four
+layers are proved contractive."""
+FACTORS = (0.3, 1.0, 3.0)
 """On the learning rates."""
 FEEDBACKS = (1.0, 0.5, 0.25)
 DECAYS = (0.0, 0.1, 0.3, 1.0, 3.0)
@@ -152,6 +152,12 @@ def config_of(cell: Cell, arguments: Arguments) -> Config:
         seed=cell.seed,
         **recipe | {"learning_rate": rate},
     )
+
+
+def key_of(kind: str, cell: Cell) -> dict[str, Any]:
+    """What tells a row from the others: a recipe that was changed makes new ones."""
+    recipe = {name: to_json(value) for name, value in RECIPES[cell.recipe].items()}
+    return plain({"kind": kind, "settings": recipe} | dataclasses.asdict(cell))
 
 
 def concentration(step: jax.Array) -> jax.Array:
@@ -277,13 +283,7 @@ class Study:
         """The parts that are asked for, in an order in which each has what it needs."""
         for part in PARTS:
             if part in self.arguments.parts:
-                {
-                    "rates": self.rates,
-                    "trainings": self.trainings,
-                    "relaxation": self.relaxation,
-                    "feedback": self.feedback,
-                    "decay": self.decay,
-                }[part]()
+                getattr(self, part)()
 
     def rates(self) -> None:
         """Each recipe at several learning rates."""
@@ -333,14 +333,17 @@ class Study:
                 if self.trained(cell)["finite"]:
                     self.row("decay", cell, lambda cell=cell: self.recurrent(cell))
 
-    def of_seeds(self, recipe: str, **more: float) -> Iterator[Cell]:
+    def of_seeds(
+        self, recipe: str, feedback: float = 1.0, weight_decay: float = 0.0
+    ) -> Iterator[Cell]:
         """Rate networks of a recipe at its best rate, one for each seed."""
+        factor = self.best_factor(recipe)
         for seed in self.arguments.seeds:
-            yield Cell(recipe, seed, factor=self.best_factor(recipe), **more)
+            yield Cell(recipe, seed, False, factor, feedback, weight_decay)
 
     def find(self, kind: str, cell: Cell) -> dict[str, Any] | None:
         """The row of a cell, if it was made."""
-        key = {"kind": kind} | dataclasses.asdict(cell)
+        key = key_of(kind, cell)
         rows = (r for r in self.journal.rows if all(r[n] == v for n, v in key.items()))
         return next(rows, None)
 
@@ -349,7 +352,7 @@ class Study:
         if (old := self.find(kind, cell)) is not None:
             return old
         print(kind, cell.folder, flush=True)
-        return self.journal.row({"kind": kind} | dataclasses.asdict(cell), make)
+        return self.journal.row(key_of(kind, cell), make)
 
     def trained(self, cell: Cell) -> dict[str, Any]:
         """The row of a training, whose weights are kept."""
@@ -498,25 +501,24 @@ def draw_settling(study: Study) -> Figure:
                 row["relaxation"], young, "--", color=f"C{i}", label=None if n else "Young"
             )
     relaxation.set(xlabel="relaxation", ylabel="sweeps to 1e-3, slowest image", yscale="log")
-    for name, label in (("sweeps_without", "relaxation 1"), ("sweeps", "suggested relaxation")):
-        points = [
-            (at, row[name])
-            for at in FEEDBACKS
-            for row in study.all_of("feedback", study.of_seeds("muon", feedback=at))
-            if name in row
-        ]
-        feedback.plot(*zip(*points, strict=True), "o", label=label) if points else None
-    feedback.set(xlabel="feedback", ylabel="sweeps to 1e-3, slowest image", yscale="log")
-    for name, label in (
-        ("ambiguous", "share of images with several fixed points"),
-        ("radius_largest", "largest spectral radius"),
+    for name, label, mark in (
+        ("sweeps_without", "relaxation 1", "C0o"),
+        ("sweeps", "suggested relaxation", "C1s"),
     ):
-        points = [
-            (at, row[name])
-            for at in DECAYS
-            for row in study.all_of("decay", study.of_seeds("muon", weight_decay=at))
-        ]
-        decay.plot(*zip(*points, strict=True), "o", label=label) if points else None
+        for n, at in enumerate(FEEDBACKS):
+            rows = study.all_of("feedback", study.of_seeds("muon", feedback=at))
+            values = [row.get(name, math.nan) for row in rows]  # none beyond contractivity
+            feedback.plot([at] * len(values), values, mark, label=None if n else label)
+    feedback.set(xlabel="feedback", ylabel="sweeps to 1e-3, slowest image", yscale="log")
+    for name, label, mark in (
+        ("ambiguous", "share of images with several fixed points", "C0o"),
+        ("radius_largest", "largest spectral radius", "C1s"),
+    ):
+        for n, at in enumerate(DECAYS):
+            rows = study.all_of("decay", study.of_seeds("muon", weight_decay=at))
+            decay.plot(
+                [at] * len(rows), [row[name] for row in rows], mark, label=None if n else label
+            )
     decay.set(xlabel="weight decay", xscale="symlog", ylim=(-0.05, None))
     for axis in (relaxation, feedback, decay):
         axis.grid(alpha=0.3)
@@ -537,7 +539,6 @@ def run(arguments: Arguments) -> dict[str, Any]:
     draw_settling(study).savefig(out / "settling.png", dpi=150)
     document = arguments.decides() | {
         "seeds": arguments.seeds,
-        "recipes": {n: {k: to_json(v) for k, v in r.items()} for n, r in RECIPES.items()},
         "rows": study.journal.rows,
     }
     write_json(out / "strong_feedback.json", plain(document) | made)
