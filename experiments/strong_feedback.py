@@ -2,9 +2,11 @@
 
     python experiments/strong_feedback.py --runs runs/strong --out results/strong_feedback
     python experiments/strong_feedback.py --dataset digits --train-images 320 --seeds 0 \\
-        --batches 2 --images 16 --runs runs/strong_small --out runs/strong_small/out
+        --images 16 --parts relaxation --runs runs/strong_small --out runs/strong_small/out
 
-Parts, all of them by default:
+The first makes all of it, the second a small version of one part.
+
+The parts:
 
 - *rates*: each optimiser at .3, 1 and 3 times its learning rate, one seed. The parts that follow
   take the best.
@@ -222,7 +224,7 @@ def follow(training: Training) -> tuple[TrainState, list[dict[str, Any]]]:
     seen = []
     for epoch in range(1, training.config.epochs + 1):
         for batches in training.dispatches(epoch):
-            before = jax.device_get(state.params)
+            before = jax.tree.map(np.array, state.params)  # a copy: the state is used up
             state, _ = training.steps(state, batches[:1])
             seen.append(look(training, before, state, xs))
             state, _ = training.steps(state, batches[1:])
@@ -256,7 +258,10 @@ def young_sweeps(relaxation: float, radius: float) -> float | None:
 def sweeps_against_relaxation(
     params: ep.Params, spec: ep.NetworkSpec, data: Dataset, images: int
 ) -> dict[str, Any]:
-    """Sweeps of the slowest and of the median image at each relaxation, and Young's prediction."""
+    """Sweeps of the slowest and of the median image at each relaxation, and Young's prediction.
+
+    One more than `recurrence.MOST_SWEEPS` where these were not enough.
+    """
     twin = diagnostics.rate_twin(spec)
     with jax.enable_x64(True):
         doubled, xs = in_float64((params, to_float(data.validation_images[:images])))
