@@ -182,7 +182,7 @@ def test_muon_spreads_a_step_and_sgd_does_not() -> None:
     found = {}
     for settings in (SGD(), Muon()):
         optimizer = make_optimizer(spec, settings, learning_rate=0.1, steps=9)
-        steps: Any = optimizer.update(grads, optimizer.init(params), params)[0]
+        steps: Any = jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
         step = steps[1]["w"]
         found[type(settings)] = (
             float(strong_feedback.concentration(step)),
