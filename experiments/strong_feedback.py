@@ -70,6 +70,8 @@ FEEDBACKS = (1.0, 0.5, 0.25)
 DECAYS = (0.0, 0.1, 0.3, 1.0, 3.0)
 RELAXATIONS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8)
 TOLERANCE = 1e-3
+WIDTH = 160
+"""Of the table in characters: narrower, numbers would be cut off."""
 LOOKS = 12
 """How often a training is looked at, at least."""
 
@@ -539,7 +541,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     study = Study(arguments)
     study.make()
     console = Console()
-    console.print(tabulate(study))
+    console.print(tabulate(study), width=WIDTH)
     draw_training(study).savefig(out / "training.png", dpi=150)
     draw_settling(study).savefig(out / "settling.png", dpi=150)
     document = arguments.decides() | {
