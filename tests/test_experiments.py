@@ -21,11 +21,12 @@ import pytest
 import recurrence
 import results_table
 import robustness
+import strong_feedback
 
 import ep_jax as ep
 from ep_jax import training
 from ep_jax.data import load
-from ep_jax.optimizers import Muon
+from ep_jax.optimizers import SGD, Muon, make_optimizer
 from ep_jax.phases import optimal_relaxation
 
 
@@ -150,6 +151,93 @@ def test_recurrence_of_a_network_trained_by_muon(tmp_path: Path) -> None:
     told = recurrence.summary({"muon": found})
     assert f"| error at the fixed point, % | {found['recurrent']['error']:.2f} |" in told
     assert "| `muon` | own, 30 + 20 |" in recurrence.more_sweeps({"muon": found})
+
+
+def test_young_predicts_what_he_proved() -> None:
+    """The spectral radius of the matrix of an over-relaxed sweep, on a chain of three unknowns."""
+    chain = np.diag([0.6, 0.5], 1) + np.diag([0.6, 0.5], -1)
+    radius = np.abs(np.linalg.eigvals(chain)).max()
+    best = optimal_relaxation(radius)
+    for omega in (1.0, 1.1, best, 1.5, 1.8):
+        below = np.eye(3) - omega * np.tril(chain)
+        sweep = np.linalg.solve(below, (1 - omega) * np.eye(3) + omega * np.triu(chain))
+        expected = np.abs(np.linalg.eigvals(sweep)).max()
+        np.testing.assert_allclose(strong_feedback.young_factor(omega, radius), expected, rtol=1e-6)
+    assert optimal_relaxation(0.0) == 1.0
+    assert strong_feedback.young_sweeps(1.0, 0.0) == 1.0
+    assert strong_feedback.young_sweeps(1.0, 1.0) is None
+
+
+def test_muon_spreads_a_step_and_sgd_does_not() -> None:
+    """A gradient of all but rank one, as states that are never negative make it."""
+    layers = (ep.Dense(32), ep.Dense(10))
+    spec = ep.NetworkSpec((20,), layers)
+    params = ep.init_params(jax.random.key(0), spec)
+    key = jax.random.key(1)
+    activity = jax.random.uniform(key, (32,))
+    errors = jax.random.normal(key, (10,))
+    noise = 0.05 * jax.random.normal(jax.random.key(2), (32, 10))
+    grads: Any = jax.tree.map(jnp.zeros_like, params)
+    grads[1]["w"] = jnp.outer(activity, errors) + noise
+    found = {}
+    for settings in (SGD(), Muon()):
+        optimizer = make_optimizer(spec, settings, learning_rate=0.1, steps=9)
+        steps: Any = jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
+        step = steps[1]["w"]
+        found[type(settings)] = (
+            float(strong_feedback.concentration(step)),
+            float(strong_feedback.along(step, activity)),
+        )
+    assert min(found[SGD]) > 0.95
+    equal = 1 / np.sqrt(10)
+    assert equal - 1e-6 <= found[Muon][0] < 1.3 * equal  # singular values are within .68 and 1.21
+    assert found[Muon][1] < (1.3 * equal) ** 2
+
+
+@pytest.mark.slow
+def test_strong_feedback_follows_two_optimisers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few steps on digits: what is told agrees with theory, and nothing is made twice."""
+    monkeypatch.setattr(strong_feedback, "FEEDBACKS", (1.0,))
+    monkeypatch.setattr(strong_feedback, "LOOKS", 2)
+    arguments = strong_feedback.Arguments(
+        tmp_path / "runs",
+        tmp_path / "out",
+        parts=("feedback",),
+        dataset="digits",
+        train_images=256,
+        seeds=(0,),
+        batches=2,
+        images=8,
+    )
+    study = strong_feedback.Study(arguments)
+    looks = {
+        name: study.trained(strong_feedback.Cell(name, 0))["looks"] for name in ("sgd", "muon")
+    }
+    ranks = np.sqrt([9, 64, 128, 10])  # of the kernels and matrices: the smaller side
+    for seen in looks.values():
+        assert [len(look["links"]) for look in seen] == [3] * len(seen)
+        spread = np.array([look["concentration"] for look in seen])
+        assert (spread * ranks > 1 - 1e-3).all()
+        assert (spread < 1 + 1e-4).all()
+        for look in seen:
+            assert look["radius"]["mean"] <= look["radius"]["largest"] <= look["bound"] + 1e-2
+            assert min(look["along"]) > 0
+    sgd, muon = (
+        np.array([look["concentration"] for look in looks[name]]) for name in ("sgd", "muon")
+    )
+    assert (muon[:, 3] * ranks[3] < 1.3).all()  # ten classes: all singular values are made one
+    assert (sgd[:, 1:3].mean(0) > 2 * muon[:, 1:3].mean(0)).all()
+
+    strong_feedback.run(arguments)
+    written = json.loads((tmp_path / "out" / "strong_feedback.json").read_text())
+    kinds = [row["kind"] for row in written["rows"]]
+    assert kinds == ["training", "training", "feedback"]
+    fast = written["rows"][-1]
+    assert fast["relaxation"] == optimal_relaxation(fast["radius_largest"])
+    assert 1 < fast["sweeps"] <= fast["sweeps_without"]
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"training.png", "settling.png"}
 
 
 @pytest.mark.usefixtures("nans_allowed")
