@@ -34,7 +34,7 @@ def start(out: Path, *words: str, count: int = 1) -> list[subprocess.Popen[str]]
         subprocess.Popen(
             [*line, *own], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
-        for own in kills.coordinates(count)
+        for own in kills.addresses(count)
     ]
 
 

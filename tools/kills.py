@@ -64,7 +64,7 @@ class Arguments:
     """Processes that train together, with a device each."""
 
 
-def coordinates(processes: int) -> list[list[str]]:
+def addresses(processes: int) -> list[list[str]]:
     """What each process of a job on this machine is told of the others."""
     if processes == 1:
         return [[]]
@@ -80,7 +80,7 @@ def start(out: Path, words: Sequence[str], processes: int) -> list[subprocess.Po
     line = [sys.executable, str(ROOT / "experiments" / "train.py"), "--out", str(out), *words]
     out.parent.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for i, own in enumerate(coordinates(processes)):
+    for i, own in enumerate(addresses(processes)):
         with said_file(out, i).open("wb") as said:
             jobs.append(
                 subprocess.Popen([*line, *own], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
@@ -104,7 +104,8 @@ def words_of(arguments: Arguments) -> list[str]:
 def run(out: Path, arguments: Arguments) -> None:
     """Train to the end."""
     jobs = start(out, words_of(arguments), arguments.processes)
-    if any([job.wait() for job in jobs]):
+    codes = [job.wait() for job in jobs]
+    if any(codes):
         said = [said_file(out, i).read_text(errors="replace") for i in range(len(jobs))]
         raise RuntimeError(f"{out} failed: {said}")
 
@@ -201,7 +202,7 @@ def ended(out: Path, last: str) -> float:
 
 
 def main() -> None:
-    """All kills; exit status 1 where a resumed run differs or a process waits for the killed one."""
+    """All kills; exit status 1 where a resumed run differs or a process hangs."""
     arguments = tyro.cli(Arguments, description=__doc__)
     whole = arguments.out / "whole"
     run(whole, arguments)
