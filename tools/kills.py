@@ -39,12 +39,7 @@ CLOCKS = ("seconds", "seconds_per_epoch", "compile_seconds")
 """What differs between any two runs."""
 PATIENCE = 4 * SILENCE
 """Seconds after which a process that still runs without the killed one is taken to hang."""
-REASONS = (
-    "another task died",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "heartbeat",
-)
+REASONS = ("another task died", "Connection closed by peer", "Connection reset by peer")
 """What JAX says where another process is gone: one of these is in the last words of the others."""
 
 
