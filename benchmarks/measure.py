@@ -15,15 +15,18 @@ from matplotlib.ticker import NullLocator
 
 import ep_jax as ep
 from ep_jax import phases as phases_
+from ep_jax import training
+from ep_jax.benchmark import CLASSES, SHAPES
 from ep_jax.devices import placements
 from ep_jax.diagnostics import connections
 from ep_jax.gradients.ep import nudges
+from ep_jax.loop import optimizer_of
 from ep_jax.measuring import Timing
 from ep_jax.measuring import compiled as compiled
 from ep_jax.measuring import device_peak as device_peak
 from ep_jax.measuring import memory as memory
 from ep_jax.measuring import timings as timings
-from ep_jax.presets import PRESETS, spec_of
+from ep_jax.presets import PRESETS, Config, spec_of
 
 SHAPE = (28, 28, 1)
 LAYERS = (ep.Conv(32, 5), ep.Conv(64, 5), ep.Dense(128), ep.Dense(10))
@@ -117,13 +120,50 @@ def divided(given: Problem, devices: int) -> Problem:
     return Problem(params, *jax.device_put((given.xs, given.ys), place.examples))
 
 
+class Program(NamedTuple):
+    """A compiled program and what it is called with."""
+
+    made: Any
+    given: tuple[Any, ...]
+    compile_seconds: float
+
+    def __call__(self) -> Any:
+        return self.made(*self.given)
+
+
+STEPS = 10
+"""Training steps of a dispatch."""
+
+
+def training_steps(
+    config: Config, gradient: Gradient, batch: int, devices: int = 1, steps: int = STEPS
+) -> Program:
+    """A dispatch of training steps: gather, augment, gradient, the run's optimiser."""
+    place = placements(devices)
+    spec = spec_of(config, SHAPES[config.dataset], CLASSES)
+    optimizer = optimizer_of(config, spec, 1000)
+    run = training.make_train_steps(
+        spec, config.phases, optimizer, augmentation=config.augmentation, gradient=gradient
+    )
+    state = training.init_train_state(jax.random.key(0), spec, optimizer, config.gain)
+    keys = jax.random.split(jax.random.key(1))
+    images = jax.random.randint(keys[0], (2048, *spec.input_shape), 0, 256).astype(jnp.uint8)
+    labels = jnp.arange(2048, dtype=jnp.int32) % CLASSES
+    batches = jax.random.randint(keys[1], (steps, batch), 0, 2048)
+    given = jax.device_put((state, images, labels), place.everywhere)
+    given = (*given, *jax.device_put((batches, keys[0]), (place.batches, place.everywhere)))
+    made, seconds = compiled(jax.jit(run, out_shardings=place.everywhere), *given)
+    return Program(made, given, seconds)
+
+
 # Time.
 
 
-def matmul_call(size: int = 2048) -> Callable[[], Any]:
-    """A large float32 product, of ``2 size^3`` operations, in the precision of the library's."""
-    a = jnp.ones((size, size))
-    multiply = jax.jit(jnp.dot)
+def matmul_call(size: int = 2048, precision: str = "float32") -> Callable[[], Any]:
+    """A large product, of ``2 size^3`` operations, in a precision of `ep_jax.Phases`."""
+    low = precision == "bfloat16"
+    a = jnp.ones((size, size), jnp.bfloat16 if low else jnp.float32)
+    multiply = jax.jit(functools.partial(jnp.dot, precision=None if low else precision))
     return lambda: multiply(a, a)
 
 
@@ -140,6 +180,19 @@ def label_sizes(axis: Axes, sizes: Iterable[float]) -> None:
 
 
 # Memory.
+
+
+def own_peak(call: Callable[[], Any]) -> int | None:
+    """Bytes that the device held at most during a call, where it tells.
+
+    It tells the highest of all so far: ``None`` where the call did not raise it.
+    """
+    before = device_peak()
+    if before is None:
+        return None
+    jax.block_until_ready(call())
+    peak = device_peak()
+    return peak if peak != before else None
 
 
 def lower_bound(spec: ep.NetworkSpec, phases: ep.Phases, batch: int) -> int:

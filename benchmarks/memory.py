@@ -30,6 +30,7 @@ from measure import (
     lower_bound,
     memory,
     network_at,
+    own_peak,
     rematerialised,
     truncated,
 )
@@ -120,15 +121,9 @@ def measure(method: str, neuron: str, point: dict[str, Any]) -> dict[str, Any]:
     row = {"method": method, "neuron": neuron} | point | memory(made)
     if method in EP:
         row["lower_bound"] = lower_bound(spec, phases, batch)
-    before = device_peak()
-    if before is not None:
-        own = ep.init_params(key, spec)
-        jax.block_until_ready(
-            made(own, jnp.zeros(xs.shape, xs.dtype), jnp.zeros(ys.shape, ys.dtype), key)
-        )
-        peak = device_peak()
-        # The device tells the highest of all so far: this one's, if it rose.
-        row["device_peak"] = peak if peak != before else None
+    if device_peak() is not None:
+        given = (ep.init_params(key, spec), *(jnp.zeros(a.shape, a.dtype) for a in (xs, ys)), key)
+        row["device_peak"] = own_peak(lambda: made(*given))
     return row
 
 

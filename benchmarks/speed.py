@@ -37,6 +37,7 @@ from measure import (
     PRESET,
     RATE,
     SPIKING,
+    STEPS,
     TEXTBOOK,
     Gradient,
     Timing,
@@ -53,6 +54,7 @@ from measure import (
     problem,
     rematerialised,
     timings,
+    training_steps,
     truncated,
 )
 from rich.console import Console
@@ -60,7 +62,7 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import training
-from ep_jax.devices import divide_cpu, placements
+from ep_jax.devices import divide_cpu
 from ep_jax.files import write_json
 from ep_jax.gradients.feedforward import feedforward_gradient
 from ep_jax.loop import optimizer_of
@@ -165,30 +167,6 @@ def prepare(case: Case, batch: int, devices: int) -> tuple[Callable[[], Any], fl
     return lambda: made(params, xs, ys), took
 
 
-STEPS = 10
-
-
-def prepare_step(
-    name: str, case: Case, batch: int, devices: int
-) -> tuple[Callable[[], Any], float]:
-    """A call of a dispatch of training steps: gather, augment, gradient, the preset's optimiser."""
-    place = placements(devices)
-    config = PRESETS[EP_PRESETS.get(name, "mnist_backprop")]
-    optimizer = optimizer_of(config, case.spec, 1000)
-    run = training.make_train_steps(
-        case.spec, case.phases, optimizer, augmentation=config.augmentation, gradient=case.gradient
-    )
-    state = training.init_train_state(jax.random.key(0), case.spec, optimizer, config.gain)
-    keys = jax.random.split(jax.random.key(1))
-    images = jax.random.randint(keys[0], (2048, *case.spec.input_shape), 0, 256).astype(jnp.uint8)
-    labels = jnp.arange(2048, dtype=jnp.int32) % 10
-    batches = jax.random.randint(keys[1], (STEPS, batch), 0, 2048)
-    given = jax.device_put((state, images, labels), place.everywhere)
-    given = (*given, *jax.device_put((batches, keys[0]), (place.batches, place.everywhere)))
-    made, took = compiled(jax.jit(run, out_shardings=place.everywhere), *given)
-    return lambda: made(*given), took
-
-
 OPTIMIZERS = {
     "Muon": PRESET,
     "Muon, links capped": replace(PRESET, cap=0.72),
@@ -267,8 +245,10 @@ def run(arguments: Arguments) -> dict[str, Any]:
     call, took = prepare_augmentation(batch)
     add("augmentation", "preset mnist", call, compile_seconds=took)
     for name in WHOLE:
-        call, took = prepare_step(name, parts[name], batch, arguments.devices)
-        add("training step", name, call, per_call=STEPS, **counted(parts[name], took))
+        config, case = PRESETS[EP_PRESETS.get(name, "mnist_backprop")], parts[name]
+        program = training_steps(config, case.gradient, batch, arguments.devices)
+        counts = counted(case, program.compile_seconds)
+        add("training step", name, program, per_call=STEPS, **counts)
     calls |= {f"gradient: {name}": call for name, call in peers.items()}
     rows |= {f"gradient: {name}": {"part": "gradient", "name": name} for name in peers}
     measured = timings(calls, repeats)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import accelerator
 import jax
 import jax.numpy as jnp
 import measure
@@ -16,6 +21,8 @@ import time_to_accuracy
 
 import ep_jax as ep
 from ep_jax.gradients.feedforward import feedforward_gradient
+from ep_jax.phases import PRECISIONS
+from ep_jax.presets import PRESETS, spec_of
 
 TINY = ep.NetworkSpec(
     (8, 8, 1), (ep.Conv(3, 3), ep.Conv(4, 2, pool=None), ep.Dense(6), ep.Dense(3)), ep.Rate()
@@ -122,3 +129,74 @@ def test_an_error_that_rises_again_has_not_stayed_below(
 def test_exponents() -> None:
     """A quadratic has the slope 2."""
     np.testing.assert_allclose(scaling.exponent([1, 2, 8], [3, 12, 192]), 2.0)
+
+
+def test_cases_of_an_accelerator_vary_one_thing() -> None:
+    """A case that is measured twice, or a method or a precision that is left out."""
+    found = accelerator.cases(accelerator.NETWORKS, quick=False)
+    assert len(found) == len(set(found))
+    for network in accelerator.NETWORKS:
+        config = PRESETS[network]
+        usual = (config.batch, config.phases.precision, None)
+        own = [case for case in found if case.network == network]
+        assert {case.method for case in own} == set(accelerator.METHODS)
+        assert {case.precision for case in own} == set(PRECISIONS)
+        for case in own:
+            other = (case.batch, case.precision, case.microbatch)
+            changed = [a != b for a, b in zip(other, usual, strict=True)]
+            # Parts are those of the largest batch.
+            assert sum(changed) - (case.microbatch is not None) <= 1
+            assert case.microbatch is None or case.batch % case.microbatch == 0
+
+
+@pytest.mark.slow
+def test_what_the_accelerators_script_writes(tmp_path: Path) -> None:
+    """A case that fails where nobody can look; a number that is none, or is another one's."""
+    arguments = accelerator.Arguments(tmp_path, ("mnist",), minutes=600, quick=True)
+    accelerator.run(arguments)
+    found = json.loads((tmp_path / "accelerator.json").read_text())
+    assert {"device", "versions", "commit", "seconds", "matmul_rate"} <= set(found)
+    assert found["left_out"] == []
+    wanted = accelerator.cases(arguments.networks, quick=True)
+    assert len(found["rows"]) == len(wanted)
+    for row, case in zip(found["rows"], wanted, strict=True):
+        assert "error" not in row, row
+        assert (row["method"], row["batch"]) == (case.method, case.batch)
+        assert 0 < row["low"] <= row["seconds"] <= row["high"]
+        np.testing.assert_allclose(row["images_per_second"] * row["seconds"], row["batch"])
+        assert row["compile_seconds"] > 0
+        assert row["temporary"] > 0
+    # EP keeps nothing of a sweep; BPTT at least the states of each of the 90 that come on top.
+    of = {(row["method"], row["sweeps"]): row["temporary"] for row in found["sweeps"]}
+    few, many = accelerator.SWEEPS
+    assert of["EP, rate", few] == of["EP, rate", many]
+    config = accelerator.config_of("mnist", "BPTT, rate", quick=True)
+    state = sum(map(math.prod, spec_of(config, (28, 28, 1), 10).state_shapes))
+    more = of["BPTT, rate", many] - of["BPTT, rate", few]
+    assert more >= (many - few) * config.batch * 4 * state
+    # Rounding to 24 and to 8 bits, grown by sweeps that contract.
+    errors = {row["precision"]: max(row["relative_error"]) for row in found["agreement"]}
+    assert errors["float32"] < 1e-3 < errors["bfloat16"] < 0.5
+
+
+def test_no_case_begins_after_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that ends with nothing written; a case that is missing and nobody knows."""
+    monkeypatch.setattr(accelerator, "agreement", lambda quick: [])
+    arguments = accelerator.Arguments(tmp_path, minutes=0, quick=True)
+    accelerator.run(arguments)
+    found = json.loads((tmp_path / "accelerator.json").read_text())
+    assert found["rows"] == []
+    assert len(found["left_out"]) == len(accelerator.cases(arguments.networks, quick=True))
+
+
+def test_backprop_has_the_precision_that_is_asked_for() -> None:
+    """A GPU that rounds products of backprop, which is then compared with exact ones of EP."""
+    params = ep.init_params(jax.random.key(0), TINY)
+    xs, ys = jnp.ones((2, 8, 8, 1)), jnp.arange(2)
+    for precision, word in (("float32", "HIGHEST"), ("tensorfloat32", "HIGH")):
+        phases: Any = replace(ep.Phases(), precision=precision)
+        traced = jax.jit(lambda p, phases=phases: feedforward_gradient(p, TINY, xs, ys, phases)[0])
+        text = traced.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+        products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
+        assert products
+        assert all(re.search(rf"\b{word}\b", line) for line in products)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
+import kills
 import numpy as np
 import pytest
 
@@ -26,26 +26,15 @@ SHORT = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        return taken.getsockname()[1]
-
-
 def start(out: Path, *words: str, count: int = 1) -> list[subprocess.Popen[str]]:
     """A training by so many processes."""
     line = [sys.executable, str(ROOT / "experiments" / "train.py"), "--out", str(out), *SHORT]
     line += words
-    if count == 1:
-        told = [[]]
-    else:
-        shared = ["--coordinator", f"localhost:{free_port()}", "--processes", str(count)]
-        told = [[*shared, "--process", str(i)] for i in range(count)]
     return [
         subprocess.Popen(
             [*line, *own], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
-        for own in told
+        for own in kills.addresses(count)
     ]
 
 

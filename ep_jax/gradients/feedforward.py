@@ -25,15 +25,15 @@ def feedforward_gradient(
 ) -> tuple[Params, GradientInfo]:
     """The gradient of the batch-mean cost without feedback, by reverse mode.
 
-    It has the signature of the library's other gradients; `phases` and `key` are not used. Spikes
-    play no part: neurons are those of the rate twin.
+    It has the signature of the library's other gradients; of `phases` only the precision is used,
+    and `key` is not. Spikes play no part: neurons are those of the rate twin.
 
     Args:
         params: parameters of `spec`.
         spec: the network.
         xs: inputs, floating point, ``[B, *spec.input_shape]``.
         ys: integer labels ``[B]``, or targets ``[B, ...]`` of the answers' shape.
-        phases: not used.
+        phases: its products have their precision, by default that of the parameters.
         key: not used.
 
     Example:
@@ -43,11 +43,12 @@ def feedforward_gradient(
         >>> grads[0]["w"].shape, info.output.shape
         ((3, 4), (5, 2))
     """
-    del phases, key
+    del key
+    phases = phases or Phases()
     wanted = network.targets(spec, ys, xs.dtype, (len(xs),))
 
     def mean_cost(params: Params) -> tuple[jax.Array, jax.Array]:
-        prepared = network.prepare(params, spec)
+        prepared = network.prepare(params, spec, phases.precision)
 
         def one(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
             drives = network.input_drive(spec, prepared, x)
@@ -58,7 +59,8 @@ def feedforward_gradient(
         costs, output = jax.vmap(one)(xs, wanted)
         return jnp.mean(costs), output
 
-    (value, output), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)
+    with phases.products():
+        (value, output), grads = jax.value_and_grad(mean_cost, has_aux=True)(params)
     zero = jnp.zeros(())
     every = (zero,) * spec.depth
     nothing = PhaseInfo(zero, every, zero, zero, zero, zero, every, every)
