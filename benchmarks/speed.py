@@ -340,8 +340,8 @@ def draw(found: dict[str, Any]) -> Figure:
         [1e3 * r["seconds"] for r in rows],
         color=[colours[r["part"]] for r in rows],
     )
-    axis.bar_label(bars, fmt="%.3g", padding=3)
-    axis.margins(x=0.15)
+    axis.bar_label(bars, fmt=lambda ms: f"{ms:.3g}" if ms < 100 else f"{ms:.0f}", padding=3)
+    axis.margins(x=0.2)
     axis.set(xlabel=f"ms, batch {found['batch']}", xscale="log")
     axis.grid(alpha=0.3, axis="x")
     return figure
