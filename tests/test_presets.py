@@ -1,4 +1,4 @@
-"""The presets of CIFAR-10: the networks that they name, and programs that a GPU can be given."""
+"""Presets: the networks that they name, first gradients, programs that a GPU can be given."""
 
 from __future__ import annotations
 
@@ -93,3 +93,17 @@ def test_a_step_of_few_channels_learns(name: str) -> None:
     assert np.isfinite(metrics.loss).all()
     for a, b in zip(before, state.params, strict=True):
         assert np.linalg.norm(a["w"] - b["w"]) > 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist_feedforward", "fashion_mnist_feedforward"])
+def test_a_control_without_feedback_settles(name: str) -> None:
+    """Over-relaxed: nothing comes back, so every sweep beyond a full step adds to the error."""
+    config = replace(PRESETS[name], channels=(8, 16), hidden=(32,))
+    spec = spec_of(config, (28, 28, 1), 10)
+    params = ep.init_params(jax.random.key(0), spec, config.gain)
+    xs = jax.random.uniform(jax.random.key(1), (32, 28, 28, 1))
+    ys = jnp.arange(32) % 10
+    found, _ = jax.jit(lambda params: ep.ep_gradient(params, spec, xs, ys, config.phases))(params)
+    exact = ep.diagnostics.exact_gradient(params, spec, xs, ys)
+    assert min(ep.diagnostics.compare(found, exact).cosine) > 0.95
