@@ -77,9 +77,8 @@ def test_a_training_step_of_full_size_lowers_for_a_gpu(name: str) -> None:
     assert "callback" not in text
 
 
-@pytest.mark.parametrize(
-    "name", ["cifar10_vgg5", pytest.param("cifar10_vgg5_rate", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar10_vgg5", "cifar10_vgg5_rate"])
 def test_a_step_of_few_channels_learns(name: str) -> None:
     """A pool that leaves nothing of an image; an optimiser that leaves weights where they are."""
     config = replace(PRESETS[name], channels=(2, 2, 2, 2), batch=4, epochs=1, steps_per_dispatch=1)
