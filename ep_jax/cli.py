@@ -275,9 +275,13 @@ def command(name: str, words: Sequence[str], prog: str, description: str | None)
 def told_in_a_line(prog: str) -> Iterator[None]:
     """Errors of input as one line, and the exit status of a run that was asked to stop.
 
+    Modules of one's own, which arguments may name, are looked for in the current folder as well.
+
     Args:
         prog: what the program is called.
     """
+    if "" not in sys.path:
+        sys.path.append("")  # last: a file there must not hide a module of a package
     try:
         yield
         sys.stdout.flush()

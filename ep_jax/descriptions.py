@@ -109,8 +109,8 @@ def imported(path: Any) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path!r} cannot be imported ({error}); expected its module on Python's "
-                         "path, as where it was saved") from error  # fmt: skip
+        raise ValueError(f"{path!r} cannot be imported ({error}); expected a module in the "
+                         "command's folder or on Python's path") from error  # fmt: skip
     return found
 
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import chex
@@ -107,16 +107,28 @@ class Agreement(NamedTuple):
     total_relative_error: jax.Array
 
 
+def _by_layer(name: str, gradient: Any) -> tuple[Any, ...]:
+    """The gradient of each layer."""
+    if isinstance(gradient, Mapping):
+        return tuple(gradient[number] for number in sorted(gradient))
+    if isinstance(gradient, tuple | list):
+        return tuple(gradient)
+    raise TypeError(f"{name} is {type(gradient).__name__}; expected a gradient for each layer: a "
+                    "tuple, a list or a mapping by number")  # fmt: skip
+
+
 def compare(estimate: Params, exact: Params) -> Agreement:
     """Cosine, norm ratio and relative error of a gradient, layer by layer (weights and biases).
 
     A layer whose exact gradient is zero has no angle: NaN.
 
     Args:
-        estimate: the gradient to judge.
+        estimate: the gradient to judge: a tuple over layers, or a mapping by their numbers, as a
+            flax state is.
         exact: the gradient to compare it with.
 
     Raises:
+        TypeError: one of them is neither.
         AssertionError: they are not gradients of one network.
 
     Example:
@@ -126,6 +138,7 @@ def compare(estimate: Params, exact: Params) -> Agreement:
         >>> float(agreement.cosine[0]), float(agreement.norm_ratio[0])
         (1.0, 2.0)
     """
+    estimate, exact = _by_layer("estimate", estimate), _by_layer("exact", exact)
     chex.assert_trees_all_equal_shapes(
         estimate, exact, custom_message="estimate and exact differ; expected gradients of one spec"
     )

@@ -266,7 +266,7 @@ def filters(params: Params) -> Figure | None:
     Args:
         params: parameters of a network.
     """
-    w = np.asarray(params[0]["w"])
+    w = np.asarray(params[0].get("w", 0.0))  # a layer of one's own may call its weights otherwise
     if w.ndim != 4:
         return None
     columns = min(8, w.shape[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,20 @@ def test_bad_input_is_a_line(words: str, said: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stopped:
         cli.main(words.split())
     assert said in str(stopped.value.code) + capsys.readouterr().err
+
+
+def test_a_module_of_the_current_folder_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a page of the documentation does; an installed command has no folder of its own."""
+    (tmp_path / "layers_of_this_folder.py").write_text(
+        "import ep_jax\n\nclass Own(ep_jax.Dense):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p])
+    words = ("--layers", "layers_of_this_folder.Own(4)", "--epochs", "0", "--out", "run")
+    with pytest.raises(SystemExit, match="epochs is 0"):
+        cli.main(("train", *words))
 
 
 def test_epochs_are_logged_where_that_is_asked_for(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import (
     exact_gradient,
     flat,
@@ -309,3 +310,16 @@ def test_distance_to_rates_falls_with_the_quantum() -> None:
     size = [float(jnp.sqrt(jnp.mean(b**2))) for b in fixed]
     np.testing.assert_allclose(found[0].rms, rms, rtol=1e-6)
     np.testing.assert_allclose(found[0].relative, np.divide(rms, size), rtol=1e-6)
+
+
+def test_gradients_are_compared_layer_by_layer_whatever_holds_them() -> None:
+    """A mapping by number, as of flax: its keys were taken for the layers."""
+    a = ({"w": jnp.ones(3)}, {"w": jnp.ones(3)})
+    b = ({"w": jnp.arange(3.0)}, {"w": -jnp.arange(3.0)})
+    expected = ep.diagnostics.compare(a, b).cosine
+    held = [dict(enumerate(g)) for g in (a, b)]
+    np.testing.assert_array_equal(ep.diagnostics.compare(*held).cosine, expected)
+    states = [nnx.State(h) for h in held]
+    np.testing.assert_array_equal(ep.diagnostics.compare(*states).cosine, expected)
+    with pytest.raises(TypeError, match="estimate is"):
+        ep.diagnostics.compare(jnp.ones(3), b)

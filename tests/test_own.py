@@ -131,3 +131,8 @@ def test_own_layers_have_what_an_optimiser_and_a_chip_ask_for() -> None:
     assert ep.diagnostics.synaptic_operations(SPEC, (1.0, 0, 0, 0)) == (
         ep.diagnostics.synaptic_operations(one, (1.0, 0, 0, 0)) + 4 * 4 * 4 * 12
     )
+
+
+def test_weights_of_another_name_are_no_picture() -> None:
+    """All figures of a run failed where its first layer had no ``w``."""
+    assert ep.plots.filters(({"u": jnp.ones((4, 2)), "v": jnp.ones((2, 3))},)) is None
