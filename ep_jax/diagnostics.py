@@ -117,7 +117,7 @@ def _by_layer(name: str, gradient: Any) -> tuple[Any, ...]:
                     "tuple, a list or a mapping by number")  # fmt: skip
 
 
-def compare(estimate: Params, exact: Params) -> Agreement:
+def compare(estimate: Params | Mapping[Any, Any], exact: Params | Mapping[Any, Any]) -> Agreement:
     """Cosine, norm ratio and relative error of a gradient, layer by layer (weights and biases).
 
     A layer whose exact gradient is zero has no angle: NaN.
@@ -147,7 +147,7 @@ def compare(estimate: Params, exact: Params) -> Agreement:
         precision = jnp.result_type(*both)
     estimate, exact = jax.tree.map(lambda g: jnp.asarray(g, precision), (estimate, exact))
 
-    def products(a: Params, b: Params) -> jax.Array:
+    def products(a: Any, b: Any) -> jax.Array:
         def layer(p: Any, q: Any) -> jax.Array:
             pairs = zip(jax.tree.leaves(p), jax.tree.leaves(q), strict=True)
             return jnp.sum(jnp.stack([jnp.vdot(x, y) for x, y in pairs]))

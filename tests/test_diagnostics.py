@@ -321,5 +321,6 @@ def test_gradients_are_compared_layer_by_layer_whatever_holds_them() -> None:
     np.testing.assert_array_equal(ep.diagnostics.compare(*held).cosine, expected)
     states = [nnx.State(h) for h in held]
     np.testing.assert_array_equal(ep.diagnostics.compare(*states).cosine, expected)
+    neither: Any = jnp.ones(3)
     with pytest.raises(TypeError, match="estimate is"):
-        ep.diagnostics.compare(jnp.ones(3), b)
+        ep.diagnostics.compare(neither, b)
