@@ -76,8 +76,7 @@ def _with_radius(params: Params, spec: NetworkSpec, radius: float, key: jax.Arra
     for and what is there, a little less than in full, which comes from below: links that are far
     too strong hold all units at their bounds, where the radius is 0.
     """
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    xs = jax.random.uniform(key, (_INPUTS, *spec.input_shape), dtype)
+    xs = jax.random.uniform(key, (_INPUTS, *spec.input_shape), network.precision_of(params))
     twin = rate_twin(spec)
 
     def scaled(scale: jax.Array) -> Params:
