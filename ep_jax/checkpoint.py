@@ -287,11 +287,11 @@ class Checkpoints:
             differing = {
                 k: (before.get(k), v) for k, v in self._identity.items() if before.get(k) != v
             }
-            if differing:
-                came = "; ".join(
-                    f"{k} was {a!r} and is now {b!r}" for k, (a, b) in differing.items()
-                )
-                raise ValueError(f"it was written by another configuration: {came}")
+        if differing:
+            came = "; ".join(f"{k} was {a!r} and is now {b!r}" for k, (a, b) in differing.items())
+            raise ValueError(f"{path} was written by another configuration: {came}; expected the "
+                             "options that the run began with, or another folder")  # fmt: skip
+        with _explained(path, "a checkpoint of this run"):
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
             state = self._manager.restore(
                 number, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))

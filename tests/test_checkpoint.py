@@ -283,7 +283,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": 2}, "format is 2; this version reads format 3"),
-        ({"identity": {"seed": 1}}, "seed was 1 and is now 0"),
+        (
+            {"identity": {"seed": 1}},
+            "1 was written by another configuration: seed was 1 and is now 0",
+        ),
         ({"identity": None}, "unreadable or foreign"),
         ({"progress": None, "format": None}, "format is None"),
     ],
