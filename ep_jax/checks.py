@@ -35,19 +35,27 @@ def check_number(
     name: str, value: Any, *, above: float = -math.inf, at_most: float = math.inf
 ) -> None:
     """`value` is a finite real number in the half-open interval (above, at_most]."""
-    bounds = f"a finite number in ({above:g}, {at_most:g}]"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}; expected {bounds}")
+    if math.isfinite(at_most):
+        expected = f"a finite number in ({above:g}, {at_most:g}]"
+    else:
+        expected = "a finite number" + (f" above {above:g}" if math.isfinite(above) else "")
+    _check_real(name, value, expected)
     if not (math.isfinite(value) and above < float(value) <= at_most):
-        raise ValueError(f"{name} is {value}; expected {bounds}")
+        raise ValueError(f"{name} is {value}; expected {expected}")
 
 
 def check_non_negative(name: str, value: Any, *, at_most: float = math.inf) -> None:
     """`value` is a finite real number in the closed interval [0, at_most]."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}; expected a number in [0, {at_most:g}]")
+    bounded = math.isfinite(at_most)
+    expected = f"a number in [0, {at_most:g}]" if bounded else "a finite number of at least 0"
+    _check_real(name, value, expected)
     if not (math.isfinite(value) and 0 <= float(value) <= at_most):
-        raise ValueError(f"{name} is {value}; expected a number in [0, {at_most:g}]")
+        raise ValueError(f"{name} is {value}; expected {expected}")
+
+
+def _check_real(name: str, value: Any, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; expected {expected}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
