@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from common import (
@@ -26,6 +27,7 @@ from common import (
     agreements,
     command,
     exact_gradients,
+    in_float64,
     plain,
     validation_batches,
 )
@@ -93,6 +95,11 @@ class Subject:
     xs: np.ndarray
     ys: np.ndarray
 
+    def first(self, batches: int) -> Subject:
+        """The same weights and fewer batches."""
+        less = {name: getattr(self, name)[:batches] for name in ("exact", "xs", "ys")}
+        return replace(self, **less)
+
 
 def points(age: str) -> Iterator[tuple[str, str, ep.Neuron, ep.Phases]]:
     """What is measured of a subject: part of the study, name, neuron model and phases.
@@ -128,13 +135,19 @@ def sweeps(phases: ep.Phases) -> float:
     return phases.free + phases.nudged + phases.stragglers * more
 
 
-def measure(subject: Subject, neuron: ep.Neuron, phases: ep.Phases) -> dict[str, Any]:
-    """Agreement, spikes and cost of a gradient."""
+def measure(
+    subject: Subject, neuron: ep.Neuron, phases: ep.Phases, doubled: bool = False
+) -> dict[str, Any]:
+    """Agreement, spikes and cost of a gradient, in float64 where it is `doubled`."""
     spec = replace(subject.spec, neuron=neuron)
     gradient = jax.jit(
         lambda params, xs, ys, key: ep.ep_gradient(params, spec, xs, ys, phases, key)
     )
-    found, info = agreements(gradient, subject.params, subject.xs, subject.ys, subject.exact)
+    with jax.enable_x64(doubled):
+        params, xs = (
+            in_float64(x) if doubled else x for x in (subject.params, jnp.asarray(subject.xs))
+        )
+        found, info = agreements(gradient, params, xs, subject.ys, subject.exact)
     assert info.nudged is not None
     return {
         **found._asdict(),
@@ -146,19 +159,41 @@ def measure(subject: Subject, neuron: ep.Neuron, phases: ep.Phases) -> dict[str,
     }
 
 
+def tell(row: dict[str, Any]) -> None:
+    """A line on the terminal."""
+    phases = row["phases"]
+    print(
+        f"{row['age']:6} {row['part']:10} {row['what']:20} {phases['free']}+{phases['nudged']} "
+        f"omega {phases['relaxation']} beta {phases['beta']} {phases['sweep']} "
+        f"{phases['coordinates']}: median {np.round(cosines(row), 3)} mean "
+        f"{np.mean(_all(row)[:, 0]):.3f} lowest {np.min(_all(row)[:, 0]):.3f} spikes "
+        f"{row['spikes_free']:.2f} + {row['spikes_nudged']:.2f} sweeps {row['sweeps']:.1f}",
+        flush=True,
+    )
+
+
+def precisions() -> Iterator[tuple[str, ep.Phases]]:
+    """How exact the numbers of a gradient are, and its phases, long enough for most images."""
+    for coordinates in ("displacement", "absolute"):
+        for beta in (0.1, 1e-3, 1e-4):
+            phases = replace(ALONE, free=60, nudged=40, beta=beta, coordinates=coordinates)
+            yield "float64", phases
+            yield "float32", phases
+            yield "bfloat16 signals", replace(phases, nudged_signals="bfloat16")
+
+
 def study(subject: Subject, journal: Journal) -> None:
     """All measurements of one subject."""
     for part, what, neuron, phases in points(subject.age):
         key = {"part": part, "what": what, "age": subject.age, "phases": to_json(phases)}
         row = journal.row(key, lambda n=neuron, p=phases: measure(subject, n, p))
-        print(
-            f"{subject.age:6} {part:10} {what:20} {phases.free}+{phases.nudged} "
-            f"omega {phases.relaxation} beta {phases.beta} {phases.sweep}: median "
-            f"{np.round(cosines(row), 3)} mean {np.mean(_all(row)[:, 0]):.3f} lowest "
-            f"{np.min(_all(row)[:, 0]):.3f} spikes {row['spikes_free']:.2f} + "
-            f"{row['spikes_nudged']:.2f} sweeps {row['sweeps']:.1f}",
-            flush=True,
-        )
+        tell(row)
+    if subject.age == "early":
+        return
+    few = subject.first(4)  # what rounding does is the same in every batch
+    for what, phases in precisions():
+        key = {"part": "precision", "what": what, "age": subject.age, "phases": to_json(phases)}
+        tell(journal.row(key, lambda w=what, p=phases: measure(few, RATE, p, w == "float64")))
 
 
 def _all(row: dict[str, Any]) -> np.ndarray:
