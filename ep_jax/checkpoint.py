@@ -17,7 +17,7 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from ep_jax.descriptions import from_json, to_json
 from ep_jax.files import make_folder, own_path, replacing
 from ep_jax.network import NetworkSpec, Params, check_params, parameters_of, precision_of
 from ep_jax.phases import Phases
-from ep_jax.training import TrainState
+
+State = TypeVar("State")
 
 WEIGHTS_FORMAT = 4
 """Version of the weights that are written.
@@ -240,12 +241,12 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, number: int, state: TrainState, progress: dict[str, Any]) -> None:
+    def save(self, number: int, state: Any, progress: dict[str, Any]) -> None:
         """Keep the state, and how far the run has come, as JSON.
 
         Args:
             number: of the checkpoint, larger than that of the last one.
-            state: what training carries.
+            state: what training carries, a tree of arrays.
             progress: what else is needed to go on.
 
         Raises:
@@ -265,7 +266,7 @@ class Checkpoints:
                 "as it was"
             ) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
         """State and progress of the last checkpoint; ``None`` where there is none.
 
         Args:

@@ -1,7 +1,8 @@
 """Equilibrium blocks with batch norm between them, trained end to end by three derivative rules.
 
     python experiments/blocks.py --out results/blocks/digits
-    python experiments/blocks.py --dataset fashion_mnist --rules ep --epochs 10 --out runs/blocks
+    python experiments/blocks.py --dataset fashion_mnist --rules ep --epochs 10 \\
+        --runs runs/blocks --out results/blocks/fashion_mnist
 
 A block is a convergent recurrent network of two convolutions at feedback 1 (`ep_jax.nnx`); what
 comes before and after it is feed-forward, so the model is a feedforward-tied energy-based model
@@ -13,6 +14,7 @@ share of its states that feedback makes and its largest spectral radius.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from dataclasses import dataclass, field
@@ -30,9 +32,10 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics, network, training
+from ep_jax.checkpoint import Checkpoints
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
-from ep_jax.files import new_folder, write_json
+from ep_jax.files import fingerprint, new_folder, write_json
 from ep_jax.nnx import Equilibrium
 from ep_jax.presets import NEURONS
 from ep_jax.progress import RunConsole
@@ -49,6 +52,8 @@ class Settings:
 
     out: Path
     """Folder for the result."""
+    runs: Path | None = None
+    """Folder for checkpoints, one an epoch: an interrupted command goes on."""
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
     """Images to learn."""
     data_dir: str | None = None
@@ -188,47 +193,82 @@ def train(settings: Settings, data: Dataset, rule: str, console: RunConsole) -> 
         settings.gain,
         rngs=nnx.Rngs(settings.seed),
     )
-    plan = training.epoch_batches(
-        np.random.default_rng(settings.seed), len(data.train_images), settings.batch, 10**9
-    )
-    steps = plan.shape[1]
+
+    def order(epoch: int) -> np.ndarray:
+        """The images of each step ``[steps, batch]``."""
+        rng = np.random.default_rng([settings.seed, epoch])
+        return training.epoch_batches(rng, len(data.train_images), settings.batch, 10**9)[0]
+
+    steps = len(order(0))
     optimizer = nnx.Optimizer(
         model,
         muon(settings.learning_rate, settings.epochs * steps, settings.weight_decay),
         wrt=nnx.Param,
     )
     step, key = make_step(settings.augmentation), jax.random.key(settings.seed)
-    first = (data.train_images[plan[0, 0]], data.train_labels[plan[0, 0]])
-    compiled = step.lower(model, optimizer, *first, key).compile()
+    first = order(0)[0]
+    compiled = step.lower(
+        model, optimizer, data.train_images[first], data.train_labels[first], key
+    ).compile()
     analysis = compiled.memory_analysis()
-    seconds, errors, told = [], [], []
-    for epoch in range(settings.epochs):
-        model.train()
-        rng = np.random.default_rng([settings.seed, epoch])
-        order = training.epoch_batches(rng, len(data.train_images), settings.batch, 10**9)[0]
-        for i, batch in enumerate(order):
-            began = time.perf_counter()
-            own = jax.random.fold_in(key, epoch * steps + i)
-            told.append(
-                compiled(model, optimizer, data.train_images[batch], data.train_labels[batch], own)
-            )
-            jax.block_until_ready(told[-1])
-            seconds.append(time.perf_counter() - began)
-        model.eval()
-        errors.append(error(model, data.validation_images, data.validation_labels))
-        loss = np.mean([float(t.loss) for t in told[-steps:]])
-        residuals = " ".join(f"{float(r):.1e}" for r in told[-1].residuals)
-        console.print(f"{rule}  epoch {epoch + 1}/{settings.epochs}  loss {loss:.3f}  "
-                      f"residuals {residuals}  val {errors[-1]:.2f} %")  # fmt: skip
+    epochs: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if settings.runs is not None:
+            identity = described(settings) | {"data": fingerprint(*data[1:])}
+            del identity["rules"]  # each has a folder of its own
+            checkpoints = Checkpoints(settings.runs / rule, identity)
+            stack.callback(checkpoints.close)
+            epochs = resumed(checkpoints, model, optimizer)
+        for epoch in range(len(epochs), settings.epochs):
+            model.train()
+            seconds, told = [], []
+            for i, batch in enumerate(order(epoch)):
+                began = time.perf_counter()
+                own = jax.random.fold_in(key, epoch * steps + i)
+                images, labels = data.train_images[batch], data.train_labels[batch]
+                told.append(jax.block_until_ready(compiled(model, optimizer, images, labels, own)))
+                seconds.append(time.perf_counter() - began)
+            model.eval()
+            record = {
+                "loss": float(np.mean([t.loss for t in told])),
+                "residuals": [float(r) for r in told[-1].residuals],
+                "val_error": error(model, data.validation_images, data.validation_labels),
+                "step_seconds": float(np.median(seconds)),
+            }
+            epochs.append(record)
+            if checkpoints is not None:
+                checkpoints.save(epoch, arrays(model, optimizer), {"epochs": epochs})
+            residuals = " ".join(f"{r:.1e}" for r in record["residuals"])
+            console.print(f"{rule}  epoch {epoch + 1}/{settings.epochs}  loss "
+                          f"{record['loss']:.3f}  residuals {residuals}  val "
+                          f"{record['val_error']:.2f} %")  # fmt: skip
+    model.eval()
     return {
         "rule": rule,
         "test_error": error(model, data.test_images, data.test_labels),
-        "val_error": errors,
-        "step_seconds": float(np.median(seconds[1:])),
+        "val_error": [e["val_error"] for e in epochs],
+        "step_seconds": float(np.median([e["step_seconds"] for e in epochs])),
         "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
-        "residuals": [float(r) for r in told[-1].residuals],
+        "residuals": epochs[-1]["residuals"],
         **recurrence(model, data.validation_images[:128]),
     }
+
+
+def arrays(model: Blocks, optimizer: Any) -> list[jax.Array]:
+    """All that a training changes."""
+    return jax.tree.leaves(nnx.state((model, optimizer)))
+
+
+def resumed(checkpoints: Checkpoints, model: Blocks, optimizer: Any) -> list[dict[str, Any]]:
+    """Take up the last checkpoint; the records of the epochs until then."""
+    found = checkpoints.restore(arrays(model, optimizer))
+    if found is None:
+        return []
+    leaves, done = found
+    form = jax.tree.structure(nnx.state((model, optimizer)))
+    nnx.update((model, optimizer), jax.tree.unflatten(form, leaves))
+    return done["epochs"]
 
 
 def recurrence(model: Blocks, images: np.ndarray) -> dict[str, Any]:
@@ -260,6 +300,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return made
 
 
+def described(settings: Settings) -> dict[str, Any]:
+    """All that decides a result, as JSON."""
+    fields = {f.name for f in dataclasses.fields(Settings)} - {"out", "runs", "data_dir"}
+    return {name: to_json(getattr(settings, name)) for name in sorted(fields)}
+
+
 def main() -> None:
     """Train by each rule, tell and write."""
     with command():
@@ -277,9 +323,7 @@ def run(settings: Settings) -> None:
             train_images=data.train_images[kept], train_labels=data.train_labels[kept]
         )
     rows = [train(settings, data, rule, console) for rule in settings.rules]
-    fields = (f.name for f in dataclasses.fields(Settings) if f.name != "out")
-    described = {name: to_json(getattr(settings, name)) for name in fields}
-    result = plain({"rows": rows, "settings": described}) | provenance()
+    result = plain({"rows": rows, "settings": described(settings)}) | provenance()
     write_json(out / "blocks.json", result)
     console.print(table(rows))
 

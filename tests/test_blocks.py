@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,41 @@ def test_blocks_train_by_ep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert np.min(row["share"]) > 0.05
     assert np.max(row["radius"]) < 1
     assert np.max(row["residuals"]) < 1e-2
+
+
+@pytest.mark.slow
+def test_blocks_that_were_interrupted_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A moment of the optimiser, a running average or a random number that a checkpoint lacks."""
+    small = blocks.Settings(
+        tmp_path / "whole", rules=("ep",), channels=(4,), neuron="rate", epochs=2, train_images=64
+    )
+    blocks.run(small)
+    halves = replace(small, out=tmp_path / "halves", runs=tmp_path / "runs")
+    with monkeypatch.context() as patched:
+        patched.setattr(blocks, "error", interrupted_at(2, blocks.error))
+        with pytest.raises(KeyboardInterrupt):
+            blocks.run(halves)
+    blocks.run(halves)
+    whole, half = (
+        json.loads((tmp_path / name / "blocks.json").read_text())["rows"][0]
+        for name in ("whole", "halves")
+    )
+    for name in ("val_error", "test_error", "residuals", "share", "radius"):
+        assert whole[name] == half[name]
+
+
+def interrupted_at(call: int, function: Any) -> Any:
+    """The function, but its `call`-th call ends the program."""
+    calls = iter(range(1, call + 1))
+
+    def called(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return called
 
 
 @pytest.mark.slow
