@@ -16,7 +16,8 @@ import ep_jax
 HOME = Path(__file__).parent.parent
 sys.path.insert(0, str(HOME / "experiments"))
 
-import recurrence  # noqa: E402 - of this repository
+import frontier  # noqa: E402 - of this repository
+import recurrence  # noqa: E402
 from results_table import table  # noqa: E402
 
 project = "ep_jax"
@@ -41,6 +42,7 @@ myst_substitutions = {
     "results_table": table(HOME / "results" / "table"),
     "recurrence_table": recurrence.summary(measured),
     "recurrence_sweeps": recurrence.more_sweeps(measured),
+    **frontier.tables(HOME / "results" / "frontier"),
 }
 myst_heading_anchors = 3
 

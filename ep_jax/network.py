@@ -33,7 +33,7 @@ from ep_jax.checks import check_choice, check_float_array, check_integer, check_
 from ep_jax.costs import COSTS, Cost, gradient
 from ep_jax.layers import Layer, LayerParams
 from ep_jax.maps import Shape, Unit
-from ep_jax.neurons import ACTIVATIONS, Activation, DeltaCode, Neuron
+from ep_jax.neurons import ACTIVATIONS, Activation, DeltaCode, Neuron, check_neuron
 
 Params: TypeAlias = tuple[LayerParams, ...]
 """Parameters of the layers, then of the skips."""
@@ -215,6 +215,7 @@ class NetworkSpec:
         if not self.depth:
             raise ValueError("layers holds one layer; expected two or more with a read-out (that of"
                              " cost='cross_entropy'), which has no state")  # fmt: skip
+        check_neuron(self.neuron)
         _ = self.shapes  # raises where a layer does not fit the one below it
         for skip in self.skips:
             if skip.target > self.depth:

@@ -20,6 +20,7 @@ displacement of one.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -795,3 +796,60 @@ class IntegrateFire:
     def readout(self, state: IntegrateFireState) -> jax.Array:
         """See `Neuron`."""
         return state.mean
+
+
+@functools.lru_cache(maxsize=256)
+def check_neuron(neuron: Neuron) -> None:
+    """Raise where a model's methods do not fit each other, as traced on a layer of three units.
+
+    Raises:
+        TypeError: a method fails, or returns something else than `Neuron` says.
+    """
+    s = jax.ShapeDtypeStruct((3,), jnp.result_type(float))
+    key = jax.eval_shape(jax.random.key, 0) if neuron.stochastic else None
+    sweep = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def step(state: Any, s: jax.Array, sweep: jax.Array, key: jax.Array | None) -> Any:
+        return neuron.step(state, s, damped, Clock(sweep, 2, 0, 1, 1.0, 1.0, *3 * (False,)), key)
+
+    def damped(s: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
+        return s + epsilon * (current - s)
+
+    def traced(method: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return jax.eval_shape(function, *arguments)
+        except Exception as error:  # whatever a user's code may do
+            raise TypeError(f"neuron.{method} of {neuron!r} fails on a layer of three units: "
+                            f"{type(error).__name__}: {error}") from error  # fmt: skip
+
+    def check(method: str, what: str, found: Any, expected: Any) -> None:
+        if _form(found) != _form(expected):
+            raise TypeError(f"neuron.{method} of {neuron!r} returns {what}{_told(found)} on a "
+                            f"layer of three units; expected {_told(expected)}")  # fmt: skip
+
+    state = traced("start", neuron.start, s, s)
+    if not hasattr(state, "s"):
+        raise TypeError(f"neuron.start of {neuron!r} returns {_told(state)}; expected a state with "
+                        "a field s, the analog state")  # fmt: skip
+    check("start", "a state whose s is ", state.s, s)
+    stepped = traced("step", step, state, s, sweep, key)
+    if not isinstance(stepped, tuple) or len(stepped) != 2:
+        raise TypeError(f"neuron.step of {neuron!r} returns {_told(stepped)}; expected the next "
+                        "state and the spikes, or None where there are none")  # fmt: skip
+    check("step", "a state of ", stepped[0], state)
+    if stepped[1] is not None and getattr(stepped[1], "shape", None) != s.shape:
+        raise TypeError(f"neuron.step of {neuron!r} returns spikes of {_told(stepped[1])} on a "
+                        f"layer of three units; expected {_told(s)}")  # fmt: skip
+    check("signal", "", traced("signal", neuron.signal, state), s)
+    check("readout", "", traced("readout", neuron.readout, state), s)
+
+
+def _form(tree: Any) -> Any:
+    """What must be the same of two trees of arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _told(tree: Any) -> str:
+    """Arrays of a tree as ``dtype[shape]``."""
+    return str(jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", tree)).replace("'", "")

@@ -13,7 +13,8 @@ The study is docs/studies/frontier.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from ep_jax.files import fingerprint, new_folder, write_json
 from ep_jax.presets import PRESETS
 from ep_jax.progress import say
 from ep_jax.provenance import provenance
+from ep_jax.tables import markdown, spaced
 
 PRESET = PRESETS["mnist"].phases
 ALONE = replace(PRESET.without_stragglers(), limit=None)
@@ -204,6 +206,74 @@ def _all(row: dict[str, Any]) -> np.ndarray:
 def cosines(row: dict[str, Any]) -> np.ndarray:
     """Cosine of each layer, median of the batches."""
     return np.median(_all(row), axis=0)
+
+
+SETTINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "stragglers": lambda p: f"1/{1 / p['stragglers']:.0f}" if p["stragglers"] else "–",
+    "limit": lambda p: p["limit"] or "–",
+    "ω": lambda p: p["relaxation"],
+    "β": lambda p: p["beta"],
+}
+"""A column of a table, and what it tells of phases."""
+
+
+def table(rows: list[dict[str, Any]], parts: Sequence[str], settings: Sequence[str]) -> str:
+    """The rows of some parts of the study, late in training, in Markdown."""
+    cells = [
+        (
+            row["what"],
+            *(SETTINGS[name](row["phases"]) for name in settings),
+            f"{row['sweeps']:.1f}",
+            spaced(cosines(row), 3),
+            spaced(_all(row).mean(0), 3),
+            f"{_all(row).min():.2f}",
+            f"{row['spikes_free']:.1f} + {row['spikes_nudged']:.1f}",
+        )
+        for row in rows
+        if row["part"] in parts and row["age"] == "late"
+    ]
+    head = ("neurons", *settings, "sweeps of an image")
+    return markdown((*head, "median", "mean", "lowest", "spikes of a neuron"), cells)
+
+
+def grid(rows: list[dict[str, Any]], part: str, age: str, line: str, column: str) -> str:
+    """The median of the worst layer against two settings, in Markdown."""
+
+    def setting(row: dict[str, Any], name: str) -> str:
+        phases = row["phases"]
+        if name == "sweeps":
+            return f"{phases['free']} + {phases['nudged']}"
+        return str(row[name] if name in row else phases[name])
+
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if (row["part"], row["age"]) == (part, age):
+            cell = f"{cosines(row).min():.3f}"
+            found.setdefault(setting(row, line), {})[setting(row, column)] = cell
+    columns = list(next(iter(found.values())))
+    return markdown(
+        ("", *columns), ((name, *(of[c] for c in columns)) for name, of in found.items())
+    )
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """The tables of the study, by name, from its result in `folder`."""
+    rows = json.loads((folder / "frontier.json").read_text())["rows"]
+    displaced, absolute = (
+        [row for row in rows if row["phases"]["coordinates"] == coordinates]
+        for coordinates in ("displacement", "absolute")
+    )
+    return {
+        "frontier_early": grid(rows, "sweeps", "early", "what", "sweeps"),
+        "frontier_late": grid(rows, "sweeps", "late", "what", "sweeps"),
+        "frontier_order": grid(rows, "order", "late", "sweep", "sweeps"),
+        "frontier_stragglers": table(rows, ("stragglers", "limit"), ("stragglers", "limit")),
+        "frontier_relaxation": table(rows, ("relaxation",), ("ω",)),
+        "frontier_beta": table(rows, ("beta",), ("β",)),
+        "frontier_quantum": table(rows, ("quantum",), ()),
+        "frontier_displaced": grid(displaced, "precision", "late", "what", "beta"),
+        "frontier_absolute": grid(absolute, "precision", "late", "what", "beta"),
+    }
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:

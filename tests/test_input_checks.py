@@ -61,6 +61,42 @@ class Odd(Half):
     signal = readout = ep.Rate.signal
 
 
+class Alone(ep.Rate):
+    """One that forgets to say that it sends no spikes."""
+
+    def step(self, state: Any, *others: Any) -> Any:
+        return ep.Rate.step(self, state, *others)[0]
+
+
+class Summed(ep.Rate):
+    """One whose layers say one number."""
+
+    def signal(self, state: Any) -> Any:
+        return state.s.sum()
+
+
+class Nameless(ep.Rate):
+    """One whose state is the array itself."""
+
+    def start(self, s: Any, current: Any) -> Any:
+        del current
+        return s
+
+
+class Growing(ep.Rate):
+    """One whose state becomes another one."""
+
+    def step(self, state: Any, *others: Any) -> Any:
+        return (state, state), None
+
+
+class Mistyped(ep.Rate):
+    """One that asks for what is not there."""
+
+    def readout(self, state: Any) -> Any:
+        return state.S
+
+
 class ChangingCost:
     """A cost that may change."""
 
@@ -333,6 +369,21 @@ CASES: dict[str, Case] = {
     "a neuron model of an unknown activation": (
         lambda: Spec((4,), (ep.Dense(2),), Odd()), ValueError,
         ("neuron.activation ", "'relu'", "'hard_sigmoid'")),
+    "a neuron model that returns no spikes": (
+        lambda: Spec((4,), (ep.Dense(2),), Alone()), TypeError,
+        ("neuron.step ", "RateState(s=float32[3])", "or None where there are none")),
+    "a neuron model whose signal is one number": (
+        lambda: Spec((4,), (ep.Dense(2),), Summed()), TypeError,
+        ("neuron.signal ", "float32[]", "float32[3]")),
+    "a neuron model whose state has no name": (
+        lambda: Spec((4,), (ep.Dense(2),), Nameless()), TypeError,
+        ("neuron.start ", "returns float32[3]", "a field s")),
+    "a neuron model whose state changes its form": (
+        lambda: Spec((4,), (ep.Dense(2),), Growing()), TypeError,
+        ("neuron.step ", "(RateState(s=float32[3]), RateState(s=float32[3]))", "expected Rate")),
+    "a neuron model with a slip of the pen": (
+        lambda: Spec((4,), (ep.Dense(2),), Mistyped()), TypeError,
+        ("neuron.readout ", "AttributeError", "'S'")),
     "a cost that may change": (
         lambda: Spec((4,), (ep.Dense(2),), cost=ChangingCost()), TypeError,
         ("cost ", "no hash", "frozen")),
