@@ -27,7 +27,7 @@ from ep_jax.files import new_folder, own_path, write_json
 from ep_jax.health import DivergedError
 from ep_jax.logs import logging_to
 from ep_jax.loop import Record
-from ep_jax.presets import PRESETS, Config, about
+from ep_jax.presets import PRESETS, Config, about, config_of
 from ep_jax.processes import join
 from ep_jax.progress import say
 from ep_jax.provenance import provenance
@@ -193,10 +193,13 @@ def list_presets() -> str:
 def _training_default(words: Sequence[str], prog: str) -> tuple[Train, list[str]]:
     """The arguments of `Train` as some words name them, and the other words.
 
-    A preset, a neuron model and an optimiser decide which other arguments there are.
+    A preset, a neuron model and an optimiser decide which other arguments there are. A run that
+    goes on begins with its own configuration.
     """
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="digits", choices=PRESETS, metavar="NAME")
+    first.add_argument("--preset", choices=PRESETS, metavar="NAME")
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--out")
     first.add_argument("--list", action="store_true")
     for name in ("neuron", "optimizer"):
         first.add_argument(f"--{name}")
@@ -206,9 +209,20 @@ def _training_default(words: Sequence[str], prog: str) -> tuple[Train, list[str]
     if named.list:
         print(list_presets())
         sys.exit(0)
-    parts = {k: v for k, v in vars(named).items() if k not in ("preset", "list") and v is not None}
-    config = dataclasses.replace(PRESETS[named.preset], **parts)
-    return Train(out=tyro.MISSING, config=config, preset=named.preset), rest
+    out = None if named.out is None else own_path("out", named.out)
+    if named.resume and out is not None and not named.preset and (out / "config.json").exists():
+        config = config_of(out)
+    else:
+        config = PRESETS[named.preset or "digits"]
+    own = {name: getattr(named, name) for name in ("neuron", "optimizer", "layers", "skips")}
+    config = dataclasses.replace(config, **{k: v for k, v in own.items() if v is not None})
+    default = Train(
+        out=tyro.MISSING if out is None else out,
+        config=config,
+        preset=named.preset or "digits",
+        resume=named.resume,
+    )
+    return default, rest
 
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -66,28 +67,32 @@ def _import_path(value: Any) -> str:
     return f"{module}:{name}"
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: Any, records: Mapping[str, Any] = RECORDS) -> Any:
     """The inverse of `to_json`.
+
+    Args:
+        value: what `to_json` made.
+        records: types that are described by their name alone.
 
     Raises:
         ValueError: an unknown record, a field that is missing or unknown (a default of today is not
             what was meant), a value that the record refuses, or a type that cannot be imported.
     """
     if isinstance(value, list):
-        return tuple(from_json(v) for v in value)
+        return tuple(from_json(v, records) for v in value)
     if not isinstance(value, dict):
         return value
     if value.keys() == {"function"}:
         return imported(value["function"])
     kind = value.get("type")
-    if kind in RECORDS:
-        record: Any = RECORDS[kind]
+    if kind in records:
+        record: Any = records[kind]
     elif isinstance(kind, str) and ":" in kind:
         record = imported(kind)
         if not (isinstance(record, type) and dataclasses.is_dataclass(record)):
             raise ValueError(f"type is {kind!r}, which is no dataclass")
     else:
-        raise ValueError(f"type is {kind!r}; expected one of {', '.join(RECORDS)}, or "
+        raise ValueError(f"type is {kind!r}; expected one of {', '.join(records)}, or "
                          "'module:name'")  # fmt: skip
     fields = {field.name for field in dataclasses.fields(record) if field.init}
     given = value.keys() - {"type"}
@@ -96,7 +101,7 @@ def from_json(value: Any) -> Any:
             raise ValueError(f"{kind} {what} {', '.join(sorted(names))}; expected its fields "
                              f"{', '.join(sorted(fields))}")  # fmt: skip
     try:
-        return record(**{k: from_json(v) for k, v in value.items() if k != "type"})
+        return record(**{k: from_json(v, records) for k, v in value.items() if k != "type"})
     except TypeError as error:
         raise ValueError(f"{kind}: {error}") from error
 

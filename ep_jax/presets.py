@@ -6,7 +6,10 @@ A `Config` is the complete statement of a run: with its seed it determines the r
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from ep_jax.checks import (
@@ -19,7 +22,7 @@ from ep_jax.checks import (
 from ep_jax.conv import Conv
 from ep_jax.costs import COSTS
 from ep_jax.data import DATASETS
-from ep_jax.descriptions import imported, read
+from ep_jax.descriptions import RECORDS, from_json, imported, read
 from ep_jax.gradients import GRADIENTS
 from ep_jax.layers import Dense, Layer
 from ep_jax.network import NetworkSpec, Normalization
@@ -199,6 +202,25 @@ class Config:
 
 CAME_LATER: dict[str, Any] = {"patience": None, "keep": "last", "microbatch": None}
 """Fields that records of earlier versions lack, and what these runs did."""
+
+_RECORDS = RECORDS | {kind.__name__: kind for kind in (Config, Augmentation, AdamW, Muon, SGD)}
+
+
+def config_of(folder: str | os.PathLike[str]) -> Config:
+    """The configuration of a run, as its folder's ``config.json`` says.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no configuration of this version.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = from_json(CAME_LATER | json.loads(path.read_text()), _RECORDS)
+        if not isinstance(config, Config):
+            raise ValueError(f"it holds {type(config).__name__}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no configuration of this version: {error}") from error
+    return config
 
 
 def _named(name: str, value: str, kinds: dict[str, Any]) -> Any:

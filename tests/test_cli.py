@@ -13,6 +13,8 @@ import pytest
 
 import ep_jax as ep
 from ep_jax import benchmark, cli
+from ep_jax.descriptions import to_json
+from ep_jax.files import write_json
 from ep_jax.presets import PRESETS, Config
 
 
@@ -150,3 +152,34 @@ def test_a_benchmark_compares_the_methods() -> None:
     assert methods["EP"].phases == PRESETS["mnist"].phases
     assert methods["BPTT"].phases.free == 31
     assert isinstance(methods["backprop"].spec.neuron, ep.Rate)
+
+
+def test_a_run_goes_on_with_its_own_settings(tmp_path: Path) -> None:
+    """A resume that asks for every option again, or that begins with another preset's."""
+    config = dataclasses.replace(
+        PRESETS["fashion_mnist"], optimizer="sgd", epochs=3, skips=("Skip(1, 3, Dense(256))",)
+    )
+    write_json(tmp_path / "config.json", to_json(config))
+    words = ["train", "--out", str(tmp_path), "--resume"]
+
+    def asked(*more: str) -> Config:
+        arguments = cli.parse([*words, *more])
+        assert isinstance(arguments, cli.Train)
+        assert (arguments.out, arguments.resume) == (tmp_path, True)
+        return arguments.config
+
+    assert asked() == config
+    assert asked("--devices", "2") == dataclasses.replace(config, devices=2)
+    assert asked("--preset", "mnist") == PRESETS["mnist"]
+    words.pop()
+    arguments = cli.parse(words)
+    assert isinstance(arguments, cli.Train)
+    assert arguments.config == PRESETS["digits"]
+    assert not arguments.resume
+
+
+def test_settings_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    """A run that goes on with something else than it began with."""
+    (tmp_path / "config.json").write_text('{"type": "Phases"}')
+    with pytest.raises(ValueError, match=r"config\.json is no configuration of this version"):
+        cli.parse(["train", "--out", str(tmp_path), "--resume"])
