@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from common import (
@@ -146,9 +145,8 @@ def measure(
         lambda params, xs, ys, key: ep.ep_gradient(params, spec, xs, ys, phases, key)
     )
     with jax.enable_x64(doubled):
-        params, xs = (
-            in_float64(x) if doubled else x for x in (subject.params, jnp.asarray(subject.xs))
-        )
+        params = in_float64(subject.params) if doubled else subject.params
+        xs = subject.xs.astype(np.float64) if doubled else subject.xs
         found, info = agreements(gradient, params, xs, subject.ys, subject.exact)
     assert info.nudged is not None
     return {

@@ -64,8 +64,7 @@ class Odd(Half):
 class Alone(ep.Rate):
     """One that forgets to say that it sends no spikes."""
 
-    def step(self, state: Any, *others: Any) -> Any:
-        return ep.Rate.step(self, state, *others)[0]
+    step: Any = lambda *arguments: ep.Rate.step(*arguments)[0]
 
 
 class Summed(ep.Rate):
@@ -86,8 +85,7 @@ class Nameless(ep.Rate):
 class Growing(ep.Rate):
     """One whose state becomes another one."""
 
-    def step(self, state: Any, *others: Any) -> Any:
-        return (state, state), None
+    step: Any = lambda self, state, *others: ((state, state), None)
 
 
 class Mistyped(ep.Rate):
