@@ -10,6 +10,7 @@ import html
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,10 @@ def report(
     config = result["config"]
     if data is None and config["dataset"] == result.get("dataset", config["dataset"]) in DATASETS:
         data = load(config["dataset"], validation=config["validation"], data_dir=data_dir)
+    if data is None:
+        warnings.warn(f"the run learned data of its own ({result.get('dataset')!r}), so the page "
+                      "has no figures of images; ep_jax.report.report(folder, data=...) draws them",
+                      stacklevel=2)  # fmt: skip
     figures = figures_of(params, spec, phases, history, data)
     return write(folder, result, history, figures)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+import ep_jax as ep
 from ep_jax import plots
+from ep_jax.files import write_json
 from ep_jax.report import CAPTIONS, page, report
 
 RECORD = {
@@ -93,6 +97,17 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
     """It is named, with what it lacks."""
     with pytest.raises(FileNotFoundError, match=r"holds no result\.json; expected the folder of"):
         report(tmp_path)
+
+
+def test_a_page_without_the_images_says_so(tmp_path: Path) -> None:
+    """Figures that are missing, and nobody knows why."""
+    spec = ep.NetworkSpec((4,), (ep.Dense(3), ep.Dense(2)))
+    ep.save_weights(tmp_path, ep.init_params(jax.random.key(0), spec), spec, ep.Phases())
+    write_json(tmp_path / "result.json", RESULT | {"dataset": "own"})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in HISTORY))
+    with pytest.warns(UserWarning, match=r"data of its own \('own'\).*data=\.\.\."):
+        path = report(tmp_path)
+    assert "confusion" not in path.read_text()
 
 
 def test_confusion_counts() -> None:
