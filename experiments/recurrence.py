@@ -119,7 +119,10 @@ def right(
             free_more=math.ceil(scale * phases.free_more),
             nudged_more=math.ceil(scale * phases.nudged_more),
         )
-        for name, neurons in (("own", spec), ("rate", diagnostics.rate_twin(spec))):
+        subjects = {"own": spec, "rate": diagnostics.rate_twin(spec)}
+        if subjects["rate"] == spec:
+            del subjects["rate"]
+        for name, neurons in subjects.items():
             gradient = jax.jit(functools.partial(ep.ep_gradient, spec=neurons, phases=at))
             agreement, _ = agreements(
                 lambda p, x, y, key, gradient=gradient: gradient(p, xs=x, ys=y, key=key),
@@ -260,11 +263,12 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def more_sweeps(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Medians of the cosines at the network's sweeps, at fewer and at more, in Markdown."""
+    """Cosines of spiking networks at their sweeps, at fewer and at more, in Markdown."""
     rows = [
         (f"`{name}`", sweeps, spaced(row["median"], 3), spaced(row["mean"], 3))
         for name, result in found.items()
         for sweeps, row in result["right"].items()
+        if result["spec"]["neuron"]["type"] != "Rate"
     ]
     return markdown(("network", "neurons, sweeps", "median, by layer", "mean, by layer"), rows)
 
