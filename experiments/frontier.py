@@ -225,7 +225,7 @@ def table(rows: list[dict[str, Any]], parts: Sequence[str], settings: Sequence[s
             spaced(cosines(row), 3),
             spaced(_all(row).mean(0), 3),
             f"{_all(row).min():.2f}",
-            f"{row['spikes_free']:.1f} + {row['spikes_nudged']:.1f}",
+            f"{row['spikes_free']:.1f} + {row['spikes_nudged']:.1f}" if row["spikes_free"] else "–",
         )
         for row in rows
         if row["part"] in parts and row["age"] == "late"
