@@ -207,12 +207,13 @@ def cosines(row: dict[str, Any]) -> np.ndarray:
 
 
 SETTINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "stragglers": lambda p: f"1/{1 / p['stragglers']:.0f}" if p["stragglers"] else "–",
-    "limit": lambda p: p["limit"] or "–",
-    "ω": lambda p: p["relaxation"],
-    "β": lambda p: p["beta"],
+    "slowest": lambda r: f"1/{1 / p:.0f}" if (p := r["phases"]["stragglers"]) else "–",
+    "limit": lambda r: r["phases"]["limit"] or "–",
+    "ω": lambda r: r["phases"]["relaxation"],
+    "β": lambda r: r["phases"]["beta"],
+    "sweeps": lambda r: f"{r['sweeps']:.1f}",
 }
-"""A column of a table, and what it tells of phases."""
+"""A column of a table, and what it tells of a row."""
 
 
 def table(rows: list[dict[str, Any]], parts: Sequence[str], settings: Sequence[str]) -> str:
@@ -220,8 +221,7 @@ def table(rows: list[dict[str, Any]], parts: Sequence[str], settings: Sequence[s
     cells = [
         (
             row["what"],
-            *(SETTINGS[name](row["phases"]) for name in settings),
-            f"{row['sweeps']:.1f}",
+            *(SETTINGS[name](row) for name in settings),
             spaced(cosines(row), 3),
             spaced(_all(row).mean(0), 3),
             f"{_all(row).min():.2f}",
@@ -230,8 +230,7 @@ def table(rows: list[dict[str, Any]], parts: Sequence[str], settings: Sequence[s
         for row in rows
         if row["part"] in parts and row["age"] == "late"
     ]
-    head = ("neurons", *settings, "sweeps of an image")
-    return markdown((*head, "median", "mean", "lowest", "spikes of a neuron"), cells)
+    return markdown(("neurons", *settings, "median", "mean", "lowest", "spikes"), cells)
 
 
 def grid(rows: list[dict[str, Any]], part: str, age: str, line: str, column: str) -> str:
@@ -265,7 +264,7 @@ def tables(folder: Path) -> dict[str, str]:
         "frontier_early": grid(rows, "sweeps", "early", "what", "sweeps"),
         "frontier_late": grid(rows, "sweeps", "late", "what", "sweeps"),
         "frontier_order": grid(rows, "order", "late", "sweep", "sweeps"),
-        "frontier_stragglers": table(rows, ("stragglers", "limit"), ("stragglers", "limit")),
+        "frontier_stragglers": table(rows, ("stragglers", "limit"), ("slowest", "limit", "sweeps")),
         "frontier_relaxation": table(rows, ("relaxation",), ("ω",)),
         "frontier_beta": table(rows, ("beta",), ("β",)),
         "frontier_quantum": table(rows, ("quantum",), ()),
