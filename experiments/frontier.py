@@ -223,7 +223,7 @@ def table(rows: list[dict[str, Any]], parts: Sequence[str], settings: Sequence[s
             row["what"],
             *(SETTINGS[name](row) for name in settings),
             spaced(cosines(row), 3),
-            spaced(_all(row).mean(0), 3),
+            spaced(_all(row).mean(0)),
             f"{_all(row).min():.2f}",
             f"{row['spikes_free']:.1f} + {row['spikes_nudged']:.1f}" if row["spikes_free"] else "–",
         )
