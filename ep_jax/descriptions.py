@@ -85,7 +85,7 @@ def from_json(value: Any, records: Mapping[str, Any] = RECORDS) -> Any:
     if value.keys() == {"function"}:
         return imported(value["function"])
     kind = value.get("type")
-    if kind in records:
+    if isinstance(kind, str) and kind in records:
         record: Any = records[kind]
     elif isinstance(kind, str) and ":" in kind:
         record = imported(kind)
