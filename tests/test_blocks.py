@@ -19,6 +19,7 @@ from helpers import relative_error
 
 import ep_jax as ep
 from ep_jax.data import load, to_float
+from ep_jax.training import Augmentation
 
 
 def gradient(rule: ep.Derivative) -> tuple[Any, jax.Array]:
@@ -70,6 +71,26 @@ def test_blocks_train_by_ep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert np.min(row["share"]) > 0.05
     assert np.max(row["radius"]) < 1
     assert np.max(row["residuals"]) < 1e-2
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_does_not_grow_with_the_sweeps() -> None:
+    """A rule that keeps what the sweeps pass through, as BPTT's does."""
+    found = {}
+    for rule in ("ep", "bptt"):
+        for sweeps in (10, 50):
+            phases = ep.Phases(free=sweeps, nudged=sweeps, estimator="one_sided")
+            model = blocks.Blocks(
+                (8, 8, 1), (4,), 10, ep.Rate(), phases, blocks.RULES[rule], rngs=nnx.Rngs(0)
+            )
+            optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+            step = blocks.make_step(Augmentation())
+            images, labels = np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int32)
+            compiled = step.lower(model, optimizer, images, labels, jax.random.key(0)).compile()
+            found[rule, sweeps] = compiled.memory_analysis().temp_size_in_bytes
+    assert found["ep", 50] <= found["ep", 10]
+    state = 8 * 4 * (4 * 4 + 4 * 4) * 4  # bytes of a batch's states: two layers of 4 x 4 x 4
+    assert found["bptt", 50] - found["bptt", 10] > 40 * state
 
 
 @pytest.mark.slow
