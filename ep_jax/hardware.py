@@ -20,7 +20,7 @@ import numpy as np
 from ep_jax.dynamics import PhaseInfo
 from ep_jax.gradients.batch import GradientInfo
 from ep_jax.network import NetworkSpec, parameters_of
-from ep_jax.neurons import Clock, Neuron
+from ep_jax.neurons import Neuron, first_step
 from ep_jax.phases import Phases
 
 
@@ -239,7 +239,7 @@ def recorded(
 
 
 def _recorded(phases: Phases, nudged: bool, spikes: Sequence[jax.Array | float]) -> PhaseInfo:
-    sweeps = phases.sweeps(nudged) + phases.stragglers * phases.more(nudged)
+    sweeps = phases.mean_sweeps(nudged)
     nothing = jnp.zeros(())
     zeros = (nothing,) * len(spikes)
     counts = tuple(map(jnp.asarray, spikes))
@@ -288,11 +288,10 @@ def is_spiking(neuron: Neuron) -> bool:
         >>> is_spiking(ep_jax.Rate()), is_spiking(ep_jax.DeltaCode())
         (False, True)
     """
-    clock = Clock(jnp.zeros((), jnp.int32), 2, 0, 1, 1.0, 1.0, False, False, False)
     key = jax.random.key(0) if neuron.stochastic else None
 
     def sent(s: jax.Array) -> jax.Array | None:
-        return neuron.step(neuron.start(s, s), s, lambda s, current, epsilon: s, clock, key)[1]
+        return first_step(neuron, neuron.start(s, s), s, key)[1]
 
     return jax.eval_shape(sent, jax.ShapeDtypeStruct((2,), jnp.float32)) is not None
 

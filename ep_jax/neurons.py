@@ -798,6 +798,16 @@ class IntegrateFire:
         return state.mean
 
 
+def first_step(neuron: Neuron, state: Any, current: jax.Array, key: jax.Array | None) -> Any:
+    """A model's first step in a free phase, for what is asked of it without a network."""
+
+    def damped(s: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
+        return s + epsilon * (current - s)
+
+    clock = Clock(jnp.zeros((), jnp.int32), 2, 0, 1, 1.0, 1.0, False, False, False)
+    return neuron.step(state, current, damped, clock, key)
+
+
 @functools.lru_cache(maxsize=256)
 def check_neuron(neuron: Neuron) -> None:
     """Raise where a model's methods do not fit each other, as traced on a layer of three units.
@@ -807,13 +817,6 @@ def check_neuron(neuron: Neuron) -> None:
     """
     s = jax.ShapeDtypeStruct((3,), jnp.result_type(float))
     key = jax.eval_shape(jax.random.key, 0) if neuron.stochastic else None
-    sweep = jax.ShapeDtypeStruct((), jnp.int32)
-
-    def step(state: Any, s: jax.Array, sweep: jax.Array, key: jax.Array | None) -> Any:
-        return neuron.step(state, s, damped, Clock(sweep, 2, 0, 1, 1.0, 1.0, *3 * (False,)), key)
-
-    def damped(s: jax.Array, current: jax.Array, epsilon: jax.Array | float) -> jax.Array:
-        return s + epsilon * (current - s)
 
     def traced(method: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -832,7 +835,7 @@ def check_neuron(neuron: Neuron) -> None:
         raise TypeError(f"neuron.start of {neuron!r} returns {_told(state)}; expected a state with "
                         "a field s, the analog state")  # fmt: skip
     check("start", "a state whose s is ", state.s, s)
-    stepped = traced("step", step, state, s, sweep, key)
+    stepped = traced("step", functools.partial(first_step, neuron), state, s, key)
     if not isinstance(stepped, tuple) or len(stepped) != 2:
         raise TypeError(f"neuron.step of {neuron!r} returns {_told(stepped)}; expected the next "
                         "state and the spikes, or None where there are none")  # fmt: skip

@@ -154,6 +154,10 @@ class Phases:
         """Further sweeps of a phase's stragglers."""
         return self.nudged_more if nudged else self.free_more
 
+    def mean_sweeps(self, nudged: bool) -> float:
+        """Sweeps of a phase, mean of the examples of a batch."""
+        return self.sweeps(nudged) + self.stragglers * self.more(nudged)
+
     def longer(self, factor: int) -> Phases:
         """So many times the free sweeps, the stragglers' as well, all of which are made."""
         return replace(

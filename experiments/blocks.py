@@ -199,14 +199,15 @@ def train(settings: Settings, data: Dataset, rule: str, console: RunConsole) -> 
         rng = np.random.default_rng([settings.seed, epoch])
         return training.epoch_batches(rng, len(data.train_images), settings.batch, 10**9)[0]
 
-    steps = len(order(0))
+    first_epoch = order(0)
+    steps = len(first_epoch)
     optimizer = nnx.Optimizer(
         model,
         muon(settings.learning_rate, settings.epochs * steps, settings.weight_decay),
         wrt=nnx.Param,
     )
     step, key = make_step(settings.augmentation), jax.random.key(settings.seed)
-    first = order(0)[0]
+    first = first_epoch[0]
     compiled = step.lower(
         model, optimizer, data.train_images[first], data.train_labels[first], key
     ).compile()

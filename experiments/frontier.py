@@ -130,12 +130,6 @@ def points(age: str) -> Iterator[tuple[str, str, ep.Neuron, ep.Phases]]:
         yield "quantum", name, replace(CODE, **setting), replace(PRESET, limit=None)
 
 
-def sweeps(phases: ep.Phases) -> float:
-    """Sweeps of an image in both phases, mean of a batch: what a gradient costs on any machine."""
-    more = phases.free_more + phases.nudged_more
-    return phases.free + phases.nudged + phases.stragglers * more
-
-
 def measure(
     subject: Subject, neuron: ep.Neuron, phases: ep.Phases, doubled: bool = False
 ) -> dict[str, Any]:
@@ -155,7 +149,8 @@ def measure(
         "spikes_free_per_layer": np.stack(info.free.spikes),
         "spikes_nudged": spikes_per_neuron(spec, info.nudged.spikes),
         "unsettled": float(info.free.unsettled),
-        "sweeps": sweeps(phases),
+        # What a gradient costs on any machine.
+        "sweeps": phases.mean_sweeps(nudged=False) + phases.mean_sweeps(nudged=True),
     }
 
 
