@@ -84,7 +84,7 @@ def test_memory_of_a_step_does_not_grow_with_the_sweeps() -> None:
                 (8, 8, 1), (4,), 10, ep.Rate(), phases, blocks.RULES[rule], rngs=nnx.Rngs(0)
             )
             optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-            step = blocks.make_step(Augmentation())
+            step = blocks.make_step(Augmentation(), cap=0.95)
             images, labels = np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int32)
             compiled = step.lower(model, optimizer, images, labels, jax.random.key(0)).compile()
             found[rule, sweeps] = compiled.memory_analysis().temp_size_in_bytes
