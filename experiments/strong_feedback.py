@@ -219,8 +219,13 @@ def look(training: Training, before: ep.Params, state: TrainState, xs: jax.Array
     return {"step": int(state.step), "radius": training.radius(state)} | plain(found)
 
 
+def finite(state: TrainState) -> bool:
+    """Whether no parameter has overflowed."""
+    return all(bool(jnp.isfinite(value).all()) for value in jax.tree.leaves(state.params))
+
+
 def follow(training: Training) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Train, and look at the first step of each dispatch."""
+    """Train, and look at the first step of each dispatch; what diverges ends there."""
     state = training.compile(training.start())
     xs = jnp.asarray(to_float(training.data.validation_images[:64]))
     seen = []
@@ -228,8 +233,12 @@ def follow(training: Training) -> tuple[TrainState, list[dict[str, Any]]]:
         for batches in training.dispatches(epoch):
             before = jax.tree.map(np.array, state.params)  # a copy: the state is used up
             state, _ = training.steps(state, batches[:1])
+            if not finite(state):
+                return state, seen
             seen.append(look(training, before, state, xs))
             state, _ = training.steps(state, batches[1:])
+            if not finite(state):
+                return state, seen
     return state, seen
 
 
@@ -366,17 +375,18 @@ class Study:
         return self.row("training", cell, lambda: self.train(cell))
 
     def train(self, cell: Cell) -> dict[str, Any]:
-        """Train, keep the weights."""
+        """Train, keep the weights of what did not diverge."""
         training = Training(config_of(cell, self.arguments), self.data)
         state, seen = follow(training)
-        params = jax.device_get(state.params)
-        finite = all(np.isfinite(a).all() for a in jax.tree.leaves(params))
-        folder = self.arguments.runs / "weights" / cell.folder
-        ep.save_weights(folder, params, training.spec, training.config.phases)
+        learned = finite(state)
+        if learned:
+            folder = self.arguments.runs / "weights" / cell.folder
+            params = jax.device_get(state.params)
+            ep.save_weights(folder, params, training.spec, training.config.phases)
         return {
             "learning_rate": training.config.learning_rate,
-            "finite": finite,
-            "error": training.validation_error(state) if finite else None,
+            "finite": learned,
+            "error": training.validation_error(state) if learned else None,
             "looks": seen,
         }
 
