@@ -441,6 +441,9 @@ class DeltaCodeState(NamedTuple):
     quantum: jax.Array
 
 
+_SIGNED = {"scale": 0.8, "shrink": 0.5}
+_BINARY = {"scale": 2.0, "shrink": 0.85}
+"""How a quantum scales itself where nothing is said."""
 _SCHEDULE = {
     "quantum": 0.7,
     "decay": 0.6,
@@ -481,10 +484,15 @@ class DeltaCode:
     ones. It needs no sums. But a clock that refines faster than an example settles leaves it behind
     for good: the code freezes away from the fixed point, and only `PhaseInfo.residual` tells.
 
-    With `leak` the code is a binary one, a sigma-delta code with a closed loop: receivers forget,
-    ``q = 1[(s' - (1 - l_t) r) / delta_t > 1/2]``, ``r' = (1 - l_t) r + delta_t q``, where the leak
-    ``l_t`` is the quantum, at most 1 (of a schedule's nudged phase: without ``e``). A displacement
-    has either sign, so its code is signed, with leak as well.
+    **With `leak`** the code is a binary one, the sigma-delta neuron with a closed loop: receivers
+    forget, ``q = 1[(s' - (1 - l_t) r) / delta_t > 1/2]``, ``r' = (1 - l_t) r + delta_t q``, where
+    the leak ``l_t`` is the quantum, at most 1 (of a schedule's nudged phase: without ``e``). It is
+    `SigmaDelta` but for one factor: what a neuron has not sent, ``phi = (s - r) / l``, leaks with
+    the trace, ``phi' = (1 - l) phi + a - q``, so it always is what the receivers do not know, even
+    while the leak changes. A spike raises ``r`` by at most the leak, and silence lowers it by the leak times ``r``, so a
+    leak that follows the gap is larger than it, and shrinks slowly: `scale` and `shrink` are 2 and
+    .85 by default. Their values are those of the free phase. A displacement has either sign, so
+    its code is signed and as without leak, whose defaults it takes.
 
     Attributes:
         quantum: first quantum of a scheduled free phase.
@@ -496,12 +504,15 @@ class DeltaCode:
         surrogate: derivative of the quantiser in reverse mode (`ep_jax.spikes`): EP needs none.
         levels: number of values of a message, odd: 3 is ternary, 5 is ``-2 ... 2``. By default 5,
             with a schedule 3. A binary code (`leak`) has them for displacements alone.
-        scale: the quantum over the energy-weighted gap.
-        shrink: the quantum becomes at most so much smaller in a sweep.
+        scale: the quantum over the energy-weighted gap, by default .8, with leak 2.
+        shrink: the quantum becomes at most so much smaller in a sweep, by default .5, with leak
+            .85.
 
     Example:
         >>> DeltaCode().levels, DeltaCode(decay=0.8).levels, DeltaCode(decay=0.8).quantum
         (5, 3, 0.7)
+        >>> DeltaCode().scale, DeltaCode(leak=True).scale
+        (0.8, 2.0)
     """
 
     quantum: float | None = None
@@ -512,8 +523,8 @@ class DeltaCode:
     leak: bool = False
     surrogate: str = "straight_through"
     levels: int | None = None
-    scale: float = 0.8
-    shrink: float = 0.5
+    scale: float | None = None
+    shrink: float | None = None
     activation = "hard_sigmoid"
     stochastic = False
 
@@ -533,9 +544,12 @@ class DeltaCode:
         if self.levels is not None and self.levels % 2 == 0:
             raise ValueError(f"DeltaCode.levels is {self.levels}; expected an odd number: as many "
                              "positive as negative ones, and zero")  # fmt: skip
+        check_choice("DeltaCode.leak", self.leak, (True, False))
+        for name, default in (_BINARY if self.leak else _SIGNED).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         check_number("DeltaCode.scale", self.scale, above=0.0)
         check_number("DeltaCode.shrink", self.shrink, above=0.0, at_most=1.0)
-        check_choice("DeltaCode.leak", self.leak, (True, False))
         if self.leak and self.scheduled:  # the quantum is the leak as well
             check_number("DeltaCode.quantum", self.quantum, above=0.0, at_most=1.0)
         check_choice("DeltaCode.surrogate", self.surrogate, spikes.SURROGATES)
@@ -544,6 +558,14 @@ class DeltaCode:
     def scheduled(self) -> bool:
         """Whether the quantum follows a schedule."""
         return any(getattr(self, name) is not None for name in _SCHEDULE)
+
+    def follows(self, displaced: bool) -> tuple[float, float]:
+        """`scale` and `shrink`; of a binary code's displacements those of a signed one."""
+        if self.leak and displaced:
+            return _SIGNED["scale"], _SIGNED["shrink"]
+        assert self.scale is not None
+        assert self.shrink is not None
+        return self.scale, self.shrink
 
     def resolution(
         self, clock: Clock, gap: jax.Array, before: jax.Array
@@ -562,7 +584,8 @@ class DeltaCode:
             squares = gap * gap
             energy = jnp.sum(squares)
             size = jnp.sqrt(jnp.sum(squares * squares) / jnp.where(energy > 0, energy, 1.0))
-            delta = jnp.maximum(self.scale * one * size, self.shrink * before)
+            scale, shrink = self.follows(clock.displaced)
+            delta = jnp.maximum(scale * one * size, shrink * before)
             if self.leak and not clock.displaced:
                 delta = jnp.minimum(delta, 1.0)
             delta = jnp.maximum(delta, floor)

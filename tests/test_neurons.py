@@ -339,7 +339,8 @@ class Sender:
             gap = s - self.known
             energy = (gap**2).sum()
             size = np.sqrt((gap**4).sum() / energy) if energy else 0.0
-            delta = max(n.scale * size, n.shrink * self.quantum)
+            scale, shrink = (0.8, 0.5) if n.leak and signed else (n.scale, n.shrink)
+            delta = max(scale * size, shrink * self.quantum)
             delta = leak = min(delta, 1.0) if n.leak and not signed else delta
             self.quantum = delta
         leak = min(leak, 1.0) if n.leak else 0.0
