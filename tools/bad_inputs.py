@@ -44,13 +44,14 @@ def said(call: Callable[[], object]) -> str:
 
 
 def told(folder: str, call: Callable[[], object]) -> str:
-    """`said`, whatever folder and addresses in memory it was this time."""
-    return re.sub("0x[0-9a-f]+", "0x...", said(call).replace(folder, "DIR"))
+    """`said`, whatever folder it was this time."""
+    return said(call).replace(folder, "DIR")
 
 
 def in_a_line(message: str) -> str:
-    """A message without the usage that comes before, and the rules around it."""
+    """A message without usage, rules around it, and addresses in memory."""
     message = re.sub(r"^usage:.*(?=train.py: error)|-{4,}", "", message, flags=re.DOTALL)
+    message = re.sub(r"\b0x[0-9a-f]+", "0x...", message)  # addresses in memory differ each time
     return " ".join(message.split())
 
 
