@@ -314,10 +314,13 @@ _VGG5 = replace(
     phases=replace(_FASHION.phases, precision="tensorfloat32"),
 )
 
-# Binary spikes, whose trace must forget, ask for more sweeps.
+# Binary spikes, whose trace must forget, ask for more sweeps, and bear less over-relaxation: it
+# makes the gaps larger that they have to close.
+_BINARY_PHASES = replace(
+    _PHASES.without_stragglers(), free=30, nudged=20, sweep="alternating", relaxation=1.3
+)
 _SIGMA_DELTA = SigmaDelta(lam_power=0.75, nudged_quantum=0.3)
 _PLAIN = replace(_PHASES.without_stragglers(), beta=0.03, relaxation=1.0, limit=None)
-_SLOW_PHASES = replace(_PLAIN, free=40, nudged=20, sweep="alternating")
 
 # The feed-forward limit: feedback so weak that cutting it costs nothing, and EP becomes
 # back-propagation with spike-coded errors. A long training by AdamW drives the loop gain up,
@@ -413,7 +416,9 @@ PRESETS: dict[str, Config] = {
     ),
     **_compared("mnist", _MNIST),
     **_weak("mnist", _WEAK),
-    "mnist_sigma_delta": replace(_MNIST, neuron=_SIGMA_DELTA, phases=_SLOW_PHASES),
+    "mnist_sigma_delta": replace(
+        _MNIST, epochs=12, neuron=DeltaCode(leak=True), phases=_BINARY_PHASES
+    ),
     "mnist_sigma_delta_weak": replace(_WEAK_BINARY, neuron=_SIGMA_DELTA),
     "mnist_closed_loop_weak": replace(
         _WEAK_BINARY,
@@ -445,7 +450,9 @@ PRESETS: dict[str, Config] = {
     ),
     **_compared("fashion_mnist", _FASHION),
     **_weak("fashion_mnist", _WEAK_FASHION),
-    "fashion_mnist_sigma_delta": replace(_FASHION, neuron=_SIGMA_DELTA, phases=_SLOW_PHASES),
+    "fashion_mnist_sigma_delta": replace(
+        _FASHION, neuron=DeltaCode(leak=True), phases=_BINARY_PHASES
+    ),
     **_compared("cifar10", _CIFAR10),
     **_weak("cifar10", _WEAK_CIFAR10),
     **_compared("cifar10_vgg5", _VGG5),
