@@ -489,10 +489,10 @@ class DeltaCode:
     the leak ``l_t`` is the quantum, at most 1 (of a schedule's nudged phase: without ``e``). It is
     `SigmaDelta` but for one factor: what a neuron has not sent, ``phi = (s - r) / l``, leaks with
     the trace, ``phi' = (1 - l) phi + a - q``, so it always is what the receivers do not know, even
-    while the leak changes. A spike raises ``r`` by at most the leak, and silence lowers it by the leak times ``r``, so a
-    leak that follows the gap is larger than it, and shrinks slowly: `scale` and `shrink` are 2 and
-    .85 by default. Their values are those of the free phase. A displacement has either sign, so
-    its code is signed and as without leak, whose defaults it takes.
+    while the leak changes. A spike raises ``r`` by at most the leak, and silence lowers it by the
+    leak times ``r``, so a leak that follows the gap is larger than it, and shrinks slowly: `scale`
+    and `shrink` are 2 and .85 by default. Their values are those of the free phase. A displacement
+    has either sign, so its code is signed and as without leak, whose defaults it takes.
 
     Attributes:
         quantum: first quantum of a scheduled free phase.
