@@ -4,7 +4,8 @@
     python experiments/pooling.py train --runs runs/pooling --out results/pooling
 
 The first compares EP's gradients with exact ones and measures what a max pool does to spikes, the
-second trains. The study is docs/studies/pooling.md.
+second trains. With ``--regimes contractive`` the same of networks at feedback 1 that settle. The
+study is docs/studies/pooling.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -22,6 +24,7 @@ import numpy as np
 import optax
 import tyro
 from common import (
+    ADAMW,
     STATIC,
     STUDIED,
     Journal,
@@ -42,11 +45,9 @@ from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
 from ep_jax.files import new_folder, write_json
 from ep_jax.gradients import GRADIENTS
+from ep_jax.optimizers import Muon, Settings
 from ep_jax.presets import PRESETS
 from ep_jax.provenance import provenance
-
-WEAK = 0.05
-"""Weak feedback; the other networks have the papers' 1."""
 
 NEURONS: dict[str, ep.Neuron] = {
     "rate": ep.Rate(),
@@ -57,32 +58,85 @@ NEURONS: dict[str, ep.Neuron] = {
     ),
 }
 """What the pool sees: the state, single spikes, decoded spikes, what a receiver knows."""
+SELF_SCALING: dict[str, ep.Neuron] = {
+    "delta code": ep.DeltaCode(),
+    "closed loop": ep.DeltaCode(leak=True),
+}
+"""At feedback 1 a code on a schedule freezes: those that follow the gaps, of five levels and
+binary."""
 
-NAMED = {"neurons": {name: to_json(neuron) for name, neuron in NEURONS.items()}}
 
 CONSTANT = ep.SigmaDelta(epsilon=0.1, epsilon_power=0.0, epsilon_floor=0.0, lam=0.275,
                          lam_power=0.0, lam_floor=0.0, nudged_epsilon=0.1)  # fmt: skip
 """Sigma-delta neurons that never come to rest: constant leak and step size."""
 
 
-LEARNING = replace(PRESETS["mnist_weak"].phases, free=12, nudged=8, sweep="alternating")
-"""Phases of rate neurons and the delta code in the trainings, and in the other part, `QUICK`."""
-QUICK = replace(LEARNING, free=9, nudged=6, sweep="ordered")
+@dataclass(frozen=True)
+class Regime:
+    """A strength of feedback, how the network settles there and what trains it."""
+
+    feedback: float
+    analog: ep.Phases
+    """Of rate neurons and delta codes."""
+    binary: ep.Phases
+    """Of binary spikes."""
+    learning: ep.Phases
+    """As `analog`, in trainings."""
+    learning_rate: float
+    """Peak rate, chosen on validation images."""
+    optimizer: Settings = ADAMW
+    weight_decay: float = PRESETS["mnist_weak"].weight_decay
+    gain: float = 0.6
+    """Scale of the initial weights."""
 
 
-def phases_of(neuron: str, feedback: float, quick: ep.Phases = QUICK) -> ep.Phases:
-    """Feedback 1: the textbook's absolute coordinates; weak feedback: what settles there."""
-    if feedback == 1.0:
-        return ep.Phases(
-            free=25,
-            nudged=20,
-            beta=0.3,
-            estimator="symmetric",
-            sweep="alternating",
-            coordinates="absolute",
-        )
-    slow = PRESETS["mnist_sigma_delta_weak"].phases
-    return quick if neuron in ("rate", "delta code") else slow
+_TEXTBOOK = ep.Phases(
+    free=25,
+    nudged=20,
+    beta=0.3,
+    estimator="symmetric",
+    sweep="alternating",
+    coordinates="absolute",
+)
+_LEARNING = replace(PRESETS["mnist_weak"].phases, free=12, nudged=8, sweep="alternating")
+_CONTRACTIVE = replace(PRESETS["mnist"].phases.without_stragglers(), free=20, nudged=12)
+
+Name: TypeAlias = Literal["textbook", "weak", "contractive"]
+REGIMES: dict[Name, Regime] = {
+    # The papers' feedback in absolute coordinates; 5e-3 made BPTT of the rate network end at 20 %.
+    "textbook": Regime(1.0, _TEXTBOOK, _TEXTBOOK, _TEXTBOOK, 2e-3),
+    # Weak feedback, and what settles there.
+    "weak": Regime(
+        feedback=0.05,
+        analog=replace(_LEARNING, free=9, nudged=6, sweep="ordered"),
+        binary=PRESETS["mnist_sigma_delta_weak"].phases,
+        learning=_LEARNING,
+        learning_rate=5e-3,
+    ),
+    # The papers' feedback, kept contractive by Muon, in displacement coordinates.
+    "contractive": Regime(
+        feedback=1.0,
+        analog=_CONTRACTIVE,
+        binary=replace(PRESETS["mnist_sigma_delta"].phases, free=40),
+        learning=_CONTRACTIVE,
+        learning_rate=1e-2,
+        optimizer=Muon(),
+        weight_decay=PRESETS["mnist"].weight_decay,
+        gain=PRESETS["mnist"].gain,
+    ),
+}
+
+
+def neurons_of(regime: Name, known: dict[str, ep.Neuron]) -> dict[str, ep.Neuron]:
+    """Those of `known` with the codes of the regime."""
+    return known | SELF_SCALING if regime == "contractive" else known
+
+
+def phases_of(neuron: str, regime: Regime, learning: bool = False) -> ep.Phases:
+    """How a network of these neurons settles."""
+    if neuron in ("rate", "delta code"):
+        return regime.learning if learning else regime.analog
+    return regime.binary
 
 
 Pool: TypeAlias = Literal["avg", "max"]
@@ -101,12 +155,19 @@ class Budget:
     """Channels of the two 5x5 convolutions."""
     hidden: int = 64
     """Units of the hidden dense layer."""
-    learning_rate: float = 5e-3
-    """Peak learning rate of AdamW with weak feedback."""
-    learning_rate_strong: float = 2e-3
-    """The same at feedback 1, which does not bear as much. Both chosen on validation images."""
-    gain: float = 0.6
-    """Scale of the initial weights."""
+
+
+def described(
+    regimes: Sequence[Name], budget: Budget, neurons: dict[str, ep.Neuron]
+) -> dict[str, Any]:
+    """All that decides a result, as JSON."""
+    described: dict[str, Any] = {}
+    for name in regimes:
+        parts = dataclasses.fields(REGIMES[name])
+        described[name] = {f.name: to_json(getattr(REGIMES[name], f.name)) for f in parts}
+        codes = neurons_of(name, neurons).items()
+        described[name]["neurons"] = {code: to_json(neuron) for code, neuron in codes}
+    return {"budget": dataclasses.asdict(budget), "regimes": described}
 
 
 def network_of(budget: Budget, pool: Pool, neuron: ep.Neuron, feedback: float) -> ep.NetworkSpec:
@@ -118,6 +179,7 @@ def network_of(budget: Budget, pool: Pool, neuron: ep.Neuron, feedback: float) -
 
 def train(
     budget: Budget,
+    regime: Regime,
     spec: ep.NetworkSpec,
     phases: ep.Phases,
     gradient: training.Gradient,
@@ -125,7 +187,6 @@ def train(
     seed: int,
 ) -> tuple[ep.Params, training.StepMetrics]:
     """Train from scratch within the budget."""
-    strong = spec.feedback == 1.0
     return learn(
         spec,
         phases,
@@ -133,10 +194,11 @@ def train(
         data,
         steps=budget.steps,
         batch=budget.batch,
-        learning_rate=budget.learning_rate_strong if strong else budget.learning_rate,
-        weight_decay=PRESETS["mnist_weak"].weight_decay,
-        gain=budget.gain,
+        learning_rate=regime.learning_rate,
+        weight_decay=regime.weight_decay,
+        gain=regime.gain,
         seed=seed,
+        optimizer=regime.optimizer,
     )
 
 
@@ -155,6 +217,8 @@ class Training:
     """Seeds of weights and order of the images."""
     budget: Budget = field(default_factory=Budget)
     """What each training may use."""
+    regimes: tuple[Name, ...] = ("textbook", "weak")
+    """Strengths of feedback, and how the networks settle there."""
     data_dir: str | None = None
     """Where MNIST lies; by default TFDS_DATA_DIR."""
 
@@ -164,7 +228,7 @@ class Training:
         data = load("mnist", data_dir=self.data_dir)
         journal = Journal(self.runs / "training.jsonl", {"budget": dataclasses.asdict(self.budget)})
         rows = []
-        for cell in combinations():
+        for cell in combinations(self.regimes):
             row = dataclasses.asdict(cell)
             for seed in self.seeds:
                 key = dataclasses.asdict(cell) | {"seed": seed}
@@ -174,15 +238,17 @@ class Training:
                     row.setdefault(name, []).append(found[name])
             rows.append(row)
         Console().print(_training_table(rows))
-        statement = {"seeds": self.seeds, "budget": dataclasses.asdict(self.budget)} | NAMED
+        statement = described(self.regimes, self.budget, NEURONS) | {"seeds": self.seeds}
         write_json(out / "training.json", statement | {"rows": rows} | provenance())
 
     def _train(self, cell: Cell, seed: int, data: Dataset) -> dict[str, Any]:
         """Errors in per cent after training; ``None`` where it diverged."""
-        spec = network_of(self.budget, cell.pool, NEURONS[cell.neuron], cell.feedback)
-        phases = phases_of(cell.neuron, cell.feedback, LEARNING)
+        regime = REGIMES[cell.regime]
+        neuron = neurons_of(cell.regime, NEURONS)[cell.neuron]
+        spec = network_of(self.budget, cell.pool, neuron, regime.feedback)
+        phases = phases_of(cell.neuron, regime, learning=True)
         gradient = GRADIENTS[cell.gradient]
-        params, metrics = train(self.budget, spec, phases, gradient, data, seed)
+        params, metrics = train(self.budget, regime, spec, phases, gradient, data, seed)
         finite = bool(jnp.isfinite(optax.tree.norm(params)))
         answers, info = training.predict(params, spec, phases, data.test_images)
         return {
@@ -199,17 +265,17 @@ class Cell:
     neuron: str
     pool: Pool
     gradient: str
-    feedback: float
+    regime: Name
 
 
-def combinations() -> list[Cell]:
+def combinations(regimes: Sequence[Name]) -> list[Cell]:
     """All cells: EP against BPTT for rates and the paper's spikes, EP alone for what repairs it."""
     cells = [
-        Cell(neuron, pool, gradient, feedback)
-        for neuron in NEURONS
+        Cell(neuron, pool, gradient, regime)
+        for regime in regimes
+        for neuron in neurons_of(regime, NEURONS)
         for pool in POOLS
         for gradient in ("ep", "bptt")
-        for feedback in (1.0, WEAK)
         if gradient == "ep" or neuron in ("rate", "sigma-delta")
     ]
     # An average pool does not care whether it acts on spikes or on traces.
@@ -218,14 +284,14 @@ def combinations() -> list[Cell]:
 
 def _training_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="MNIST error in per cent: mean ± standard deviation over seeds")
-    for column in ("neuron", "pool", "gradient", "feedback", "test error"):
+    for column in ("neuron", "pool", "gradient", "regime", "test error"):
         table.add_column(column)
     for row in rows:
         table.add_row(
             row["neuron"],
             row["pool"],
             row["gradient"],
-            f"{row['feedback']:g}",
+            row["regime"],
             _spread(row["test_error"]),
         )
     return table
@@ -265,6 +331,8 @@ class Gradients:
     """Number of seeds of weights and images."""
     budget: Budget = field(default_factory=lambda: Budget(steps=150))
     """How the trained weights come about."""
+    regimes: tuple[Name, ...] = ("textbook", "weak")
+    """Strengths of feedback, and how the networks settle there."""
     data_dir: str | None = None
     """Where MNIST lies; by default TFDS_DATA_DIR."""
 
@@ -276,43 +344,42 @@ class Gradients:
             self.runs / "gradients.jsonl",
             {"budget": dataclasses.asdict(self.budget), "seeds": self.seeds},
         )
-        for feedback, pool, trained in itertools.product((1.0, WEAK), POOLS, (False, True)):
+        for regime, pool, trained in itertools.product(self.regimes, POOLS, (False, True)):
 
             @functools.cache
-            def cases(
-                pool: Pool = pool, feedback: float = feedback, trained: bool = trained
-            ) -> Any:
-                return [self._case(pool, feedback, trained, s, data) for s in range(self.seeds)]
+            def cases(pool: Pool = pool, regime: Name = regime, trained: bool = trained) -> Any:
+                return [self._case(pool, regime, trained, s, data) for s in range(self.seeds)]
 
-            for code, sweeps in itertools.product(CODES, ("few", "many")):
+            for code, sweeps in itertools.product(neurons_of(regime, CODES), ("few", "many")):
                 if pool == "avg" and code.endswith("traces"):
                     continue
                 if sweeps == "many" and code in ("rate", "delta code"):
                     continue  # they have settled
-                key = {"feedback": feedback, "pool": pool, "trained": trained}
+                key = {"regime": regime, "pool": pool, "trained": trained}
                 key |= {"neuron": code, "sweeps": sweeps}
                 row = journal.row(
                     key,
-                    lambda cases=cases, at=(pool, feedback, code, sweeps): _measure(
+                    lambda cases=cases, at=(pool, regime, code, sweeps): _measure(
                         self.budget, *at, cases()
                     ),
                 )
                 print(_line(row), flush=True)
         rows = journal.rows
-        statement = {"seeds": self.seeds, "budget": dataclasses.asdict(self.budget)}
-        statement |= {"neurons": {name: to_json(neuron) for name, neuron in CODES.items()}}
+        statement = described(self.regimes, self.budget, CODES) | {"seeds": self.seeds}
         write_json(out / "gradients.json", statement | {"rows": rows} | provenance())
-        _draw_gradients(rows).savefig(out / "gradients.png", dpi=150)
+        _draw_gradients(rows, self.regimes).savefig(out / "gradients.png", dpi=150)
         _draw_mechanism(rows).savefig(out / "mechanism.png", dpi=150)
 
-    def _case(self, pool: Pool, feedback: float, trained: bool, seed: int, data: Dataset) -> Case:
-        spec = network_of(self.budget, pool, ep.Rate(), feedback)
+    def _case(self, pool: Pool, name: Name, trained: bool, seed: int, data: Dataset) -> Case:
+        regime = REGIMES[name]
+        spec = network_of(self.budget, pool, ep.Rate(), regime.feedback)
         if trained:
-            settled = ep.Phases(free=30, sweep="alternating")
+            relaxation = regime.analog.relaxation
+            settled = ep.Phases(free=30, sweep="alternating", relaxation=relaxation)
             gradient = functools.partial(ep.implicit_gradient, max_sweeps=60)
-            params, _ = train(self.budget, spec, settled, gradient, data, seed)
+            params, _ = train(self.budget, regime, spec, settled, gradient, data, seed)
         else:
-            params = ep.init_params(jax.random.key(seed), spec, self.budget.gain)
+            params = ep.init_params(jax.random.key(seed), spec, regime.gain)
         picked = np.random.default_rng(seed).choice(len(data.validation_images), 64, replace=False)
         xs = np.asarray(to_float(data.validation_images[picked]))
         ys = data.validation_labels[picked]
@@ -337,11 +404,12 @@ class Case(NamedTuple):
 
 
 def _measure(
-    budget: Budget, pool: Pool, feedback: float, code: str, sweeps: str, cases: list[Case]
+    budget: Budget, pool: Pool, name: Name, code: str, sweeps: str, cases: list[Case]
 ) -> dict[str, Any]:
     """Agreement with the exact gradient and the mechanism, one number for each seed."""
-    spec = network_of(budget, pool, CODES[code], feedback)
-    phases = phases_of(code, feedback)
+    regime = REGIMES[name]
+    spec = network_of(budget, pool, neurons_of(name, CODES)[code], regime.feedback)
+    phases = phases_of(code, regime)
     if sweeps == "many":
         phases = replace(phases, free=4 * phases.free, nudged=3 * phases.nudged)
     gradient = jax.jit(ep.ep_gradient, static_argnames=STATIC)
@@ -422,17 +490,22 @@ def _line(row: dict[str, Any]) -> str:
 
     names = ("cosine", "norm_ratio", "winner_moves", "routed_wrong", "bias", "bias_rms")
     where = "trained" if row["trained"] else "initial"
-    head = f"feedback {row['feedback']:g}, {row['pool']}, {where}, {row['neuron']}, {row['sweeps']}"
+    head = f"{row['regime']}, {row['pool']}, {where}, {row['neuron']}, {row['sweeps']}"
     return f"{head}: " + ", ".join(map(show, names))
 
 
-def _draw_gradients(rows: list[dict[str, Any]]) -> Figure:
-    """Total cosine of every code, with confidence intervals; one panel for feedback and weights."""
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey=True)
-    names = list(CODES)
-    for (i, feedback), (j, trained) in itertools.product(
-        enumerate((1.0, WEAK)), enumerate((False, True))
+def _codes(rows: list[dict[str, Any]]) -> list[str]:
+    """The codes of the rows, in their order."""
+    return list(dict.fromkeys(row["neuron"] for row in rows))
+
+
+def _draw_gradients(rows: list[dict[str, Any]], regimes: Sequence[Name]) -> Figure:
+    """Total cosine of every code, with confidence intervals; one panel for regime and weights."""
+    figure = Figure(figsize=(11, 0.5 + 3 * len(regimes)), layout="constrained")
+    axes = figure.subplots(len(regimes), 2, sharex=True, sharey=True, squeeze=False)
+    names = _codes(rows)
+    for (i, regime), (j, trained) in itertools.product(
+        enumerate(regimes), enumerate((False, True))
     ):
         axis = axes[i, j]
         for pool, colour in zip(POOLS, ("tab:blue", "tab:red"), strict=True):
@@ -440,8 +513,8 @@ def _draw_gradients(rows: list[dict[str, Any]]) -> Figure:
                 chosen = [
                     r
                     for r in rows
-                    if (r["feedback"], r["trained"], r["pool"], r["sweeps"])
-                    == (feedback, trained, pool, sweeps)
+                    if (r["regime"], r["trained"], r["pool"], r["sweeps"])
+                    == (regime, trained, pool, sweeps)
                 ]
                 places = [names.index(r["neuron"]) for r in chosen]
                 shift = (0.1 if pool == "max" else -0.1) + (0.05 if sweeps == "many" else -0.05)
@@ -457,7 +530,7 @@ def _draw_gradients(rows: list[dict[str, Any]]) -> Figure:
                     label=f"{pool} pool, {sweeps} sweeps",
                     capsize=2,
                 )
-        axis.set(title=f"feedback {feedback:g}, {'trained' if trained else 'initial'} weights")
+        axis.set(title=f"{regime}, {'trained' if trained else 'initial'} weights")
         axis.axhline(1, color="0.7", lw=0.8)
         axis.set_xticks(range(len(names)), [n.replace(", ", ",\n") for n in names], fontsize=8)
         axis.set_ylabel("cosine with the exact gradient")
@@ -476,7 +549,7 @@ def _draw_mechanism(rows: list[dict[str, Any]]) -> Figure:
     }
     for axis, (name, label) in zip(figure.subplots(1, 3, sharey=True), names.items(), strict=True):
         for pool, mark in (("avg", "o"), ("max", "^")):
-            for i, code in enumerate(CODES):
+            for i, code in enumerate(_codes(rows)):
                 chosen = [r for r in rows if r["pool"] == pool and r["neuron"] == code]
                 axis.plot(
                     [np.mean(r[name]) for r in chosen],

@@ -78,15 +78,15 @@ def test_gradient_check_names_what_is_missing(arguments: Any, message: str) -> N
 @pytest.mark.slow
 def test_a_max_pool_does_not_see_spikes_as_it_sees_traces() -> None:
     """The study's mechanism: single spikes move winners and inflate maxima, traces hardly do."""
-    budget = pooling.Budget(channels=(4, 4), hidden=8, gain=1.0)
+    budget = pooling.Budget(channels=(4, 4), hidden=8)
     xs, ys = images(4)
     spec = pooling.network_of(budget, "max", ep.Rate(), 0.05)
-    params = ep.init_params(jax.random.key(0), spec, budget.gain)
+    params = ep.init_params(jax.random.key(0), spec, gain=1.0)
     (exact,) = common.exact_gradients(params, spec, xs[None], ys[None])
     settle = jax.jit(jax.vmap(lambda x: ep.free_phase(params, spec, x, ep.Phases(60))[0]))
     case = pooling.Case(params, xs, ys, exact, settle(xs), 0.0)
     rate, spikes, traces = (
-        pooling._measure(budget, "max", 0.05, code, "few", [case])
+        pooling._measure(budget, "max", "weak", code, "few", [case])
         for code in ("rate", "constant", "constant, pool on traces")
     )
     assert rate["cosine"][0] > 0.999
