@@ -9,8 +9,10 @@ from typing import Any
 
 import anytime
 import common
+import forming
 import frontier
 import gradient_check
+import guarantee
 import hardware
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from ep_jax import training
 from ep_jax.data import load
 from ep_jax.optimizers import SGD, Muon, make_optimizer
 from ep_jax.phases import optimal_relaxation
+from ep_jax.presets import PRESETS
 
 
 def images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -393,3 +396,47 @@ def test_an_attack_on_a_linear_network_is_the_best_there_is(rule: ep.Derivative)
     moved = robustness.attack(outputs, xs, ys, 0.1, 20, jax.random.key(2))
     towards = params[0]["w"].T[1 - ys] - params[0]["w"].T[ys]
     np.testing.assert_allclose(moved, xs + 0.1 * jnp.sign(towards), atol=1e-6)
+
+
+def test_what_feedback_says_is_brought_back_by_the_adjoint() -> None:
+    """A picture of something else: of the input, of the wrong layer, of other weights."""
+    spec = ep.NetworkSpec((4, 3, 1), (ep.Dense(6), ep.Dense(5)), ep.DeltaCode())
+    params = ep.init_params(jax.random.key(0), spec, gain=0.4)
+    x = jnp.asarray(np.random.default_rng(1).uniform(size=(1, 4, 3, 1)), jnp.float32)
+    seen = forming.follow(params, spec, x, sweeps=3)
+    (w, b), (v, _) = (
+        (np.asarray(params[0][n]) for n in "wb"),
+        (np.asarray(params[1][n]) for n in "wb"),
+    )
+    alone, last = np.clip(x.reshape(-1) @ w + b, 0, 1), seen.settled[0]
+    state = np.clip(x.reshape(-1) @ w + b + v @ last, 0, 1)
+    assert np.abs(state - alone).max() > 1e-3
+    np.testing.assert_allclose(seen.said[0].reshape(-1), w @ (state - alone), atol=1e-5)
+    np.testing.assert_allclose(seen.outputs[0, 0], seen.alone[0], atol=1e-6)
+
+
+def test_a_gradient_is_compared_with_what_it_is_without_the_edge() -> None:
+    """The wrong end of the radii, or norms for their squares."""
+    radius = np.linspace(0.5, 0.99, 10)
+    gradients = np.tile([1.0, 0.0], (10, 1))
+    gradients[-1] = [0.0, 10.0]  # the image nearest to the edge pulls elsewhere
+    seen = {
+        "radius": radius,
+        "norm": np.linalg.norm(gradients, axis=1),
+        "margin": np.append(np.ones(9), -1.0),
+        "gradients": gradients,
+    }
+    found = guarantee.summary(seen, share=0.1)
+    np.testing.assert_allclose(found["share of the squared norms: edge"], 100 / 109)
+    np.testing.assert_allclose(found["cosine of the mean gradient: all, rest"], 0.9 / 1.81**0.5)
+    assert (found["error, %: edge"], found["error, %: rest"]) == (100.0, 0.0)
+
+
+def test_every_recipe_is_a_training_of_the_same_network() -> None:
+    """A recipe that changes the layers, the code or the budget."""
+    preset = PRESETS["mnist"]
+    kept = ("channels", "kernels", "hidden", "neuron", "feedback", "batch", "augmentation")
+    for recipe in guarantee.RECIPES:
+        config = guarantee.config_of(recipe, preset)
+        assert all(getattr(config, name) == getattr(preset, name) for name in kept)
+        assert (config == preset) == (recipe == "preset")
