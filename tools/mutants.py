@@ -274,7 +274,7 @@ MUTANTS: dict[str, Mutant] = {
         "mean + (s - mean) / (over.astype(s.dtype) + 1), s)",
         "mean + (s - mean) / (over.astype(s.dtype) + 2), s)", NEU),
     "quantum_frozen": Mutant(
-        "a quantum that never shrinks", "self.shrink * before", "before", NEU),
+        "a quantum that never shrinks", "shrink * before", "before", NEU),
     "quantum_mean": Mutant(
         "a quantum of the mean square gap",
         "jnp.sqrt(jnp.sum(squares * squares) / jnp.where(energy > 0, energy, 1.0))",
