@@ -161,13 +161,12 @@ def described(
     regimes: Sequence[Name], budget: Budget, neurons: dict[str, ep.Neuron]
 ) -> dict[str, Any]:
     """All that decides a result, as JSON."""
-    described: dict[str, Any] = {}
+    found = {}
     for name in regimes:
-        parts = dataclasses.fields(REGIMES[name])
-        described[name] = {f.name: to_json(getattr(REGIMES[name], f.name)) for f in parts}
-        codes = neurons_of(name, neurons).items()
-        described[name]["neurons"] = {code: to_json(neuron) for code, neuron in codes}
-    return {"budget": dataclasses.asdict(budget), "regimes": described}
+        codes = {code: to_json(neuron) for code, neuron in neurons_of(name, neurons).items()}
+        found[name] = {part: to_json(value) for part, value in vars(REGIMES[name]).items()}
+        found[name]["neurons"] = codes
+    return {"budget": dataclasses.asdict(budget), "regimes": found}
 
 
 def network_of(budget: Budget, pool: Pool, neuron: ep.Neuron, feedback: float) -> ep.NetworkSpec:
@@ -226,7 +225,8 @@ class Training:
         """Train what is missing, then tabulate."""
         out = new_folder("out", self.out, "training.json")
         data = load("mnist", data_dir=self.data_dir)
-        journal = Journal(self.runs / "training.jsonl", {"budget": dataclasses.asdict(self.budget)})
+        decides = described(tuple(REGIMES), self.budget, NEURONS)
+        journal = Journal(self.runs / "training.jsonl", decides)
         rows = []
         for cell in combinations(self.regimes):
             row = dataclasses.asdict(cell)
@@ -340,10 +340,8 @@ class Gradients:
         """Measure everything, print, draw, write."""
         out = new_folder("out", self.out, "gradients.json")
         data = load("mnist", data_dir=self.data_dir)
-        journal = Journal(
-            self.runs / "gradients.jsonl",
-            {"budget": dataclasses.asdict(self.budget), "seeds": self.seeds},
-        )
+        decides = described(tuple(REGIMES), self.budget, CODES) | {"seeds": self.seeds}
+        journal, rows = Journal(self.runs / "gradients.jsonl", decides), []
         for regime, pool, trained in itertools.product(self.regimes, POOLS, (False, True)):
 
             @functools.cache
@@ -364,7 +362,7 @@ class Gradients:
                     ),
                 )
                 print(_line(row), flush=True)
-        rows = journal.rows
+                rows.append(row)
         statement = described(self.regimes, self.budget, CODES) | {"seeds": self.seeds}
         write_json(out / "gradients.json", statement | {"rows": rows} | provenance())
         _draw_gradients(rows, self.regimes).savefig(out / "gradients.png", dpi=150)
