@@ -542,13 +542,9 @@ def contractivity(
         state, info = dynamics.free_phase(params, twin, x, phases)
 
         def apart(key: jax.Array) -> jax.Array:
-            keys = jax.random.split(key, spec.depth)
-            start = tuple(
-                jax.random.uniform(k, s.shape, s.dtype) for k, s in zip(keys, state, strict=True)
-            )
+            start = network.random_state(key, spec, state[0].dtype)
             other, _ = dynamics.free_phase(params, twin, x, phases, start=start)
-            gaps = [jnp.max(jnp.abs(a - b)) for a, b in zip(state, other, strict=True)]
-            return jnp.max(jnp.stack(gaps))
+            return network.largest_gap(state, other)
 
         gaps = jax.lax.map(apart, jax.random.split(key, starts))
         radius = spectral_radius(params, spec, x, state)

@@ -403,6 +403,20 @@ def prepare(params: Params, spec: NetworkSpec, precision: str = "float32") -> Pr
     return Prepared(maps, pack(spec, biases), readout)
 
 
+def random_state(key: jax.Array, spec: NetworkSpec, dtype: Any) -> State:
+    """A state uniform in [0, 1], from which a relaxation may start."""
+    keys = jax.random.split(key, spec.depth)
+    return tuple(
+        jax.random.uniform(k, shape, dtype)
+        for k, shape in zip(keys, spec.state_shapes, strict=True)
+    )
+
+
+def largest_gap(one: State, other: State) -> jax.Array:
+    """The largest distance of a unit between two states."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(a - b)) for a, b in zip(one, other, strict=True)]))
+
+
 def pack(spec: NetworkSpec, state: State) -> State:
     """Each layer's state in the layout in which the layer above it reads it."""
     return tuple(pack_layer(spec, l, s) for l, s in enumerate(state))

@@ -559,7 +559,7 @@ class DeltaCode:
         """Whether the quantum follows a schedule."""
         return any(getattr(self, name) is not None for name in _SCHEDULE)
 
-    def follows(self, displaced: bool) -> tuple[float, float]:
+    def _scaling(self, displaced: bool) -> tuple[float, float]:
         """`scale` and `shrink`; of a binary code's displacements those of a signed one."""
         if self.leak and displaced:
             return _SIGNED["scale"], _SIGNED["shrink"]
@@ -584,7 +584,7 @@ class DeltaCode:
             squares = gap * gap
             energy = jnp.sum(squares)
             size = jnp.sqrt(jnp.sum(squares * squares) / jnp.where(energy > 0, energy, 1.0))
-            scale, shrink = self.follows(clock.displaced)
+            scale, shrink = self._scaling(clock.displaced)
             delta = jnp.maximum(scale * one * size, shrink * before)
             if self.leak and not clock.displaced:
                 delta = jnp.minimum(delta, 1.0)

@@ -7,8 +7,9 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,70 @@ from scipy import stats
 
 import ep_jax as ep
 from ep_jax import diagnostics, training
+from ep_jax.checks import check_integer, check_seed
 from ep_jax.cli import told_in_a_line
 from ep_jax.data import Dataset, to_float
 from ep_jax.diagnostics import Agreement
 from ep_jax.optimizers import AdamW, Settings, make_optimizer
+from ep_jax.tables import spaced
 
 STATIC = ("spec", "phases")
+WIDTH = 160
+"""Of a study's table in characters: narrower, numbers would be cut off."""
 ADAMW = AdamW()
 
 STUDIED = ep.DeltaCode(quantum=0.5, decay=0.6, lag=1.0, nudged_quantum=0.7, nudged_decay=0.5)
 """The code of the study of pooling, ternary on a schedule; it suits 9 + 6 ordered sweeps at
 feedback .05."""
+
+
+@dataclass(frozen=True)
+class EqualBudgets:
+    """What all trainings of a study share."""
+
+    runs: Path
+    """Folder for rows and weights made so far: an interrupted command goes on."""
+    out: Path
+    """Folder for the result and the figures."""
+    dataset: Literal["digits", "mnist", "fashion_mnist"] = "mnist"
+    """Images; the network, its code and its phases are those of the preset of this name."""
+    train_images: int = 20_000
+    """Images to learn."""
+    epochs: int = 1
+    """Passes over them."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of weights and order of the images."""
+    batches: int = 12
+    """Batches of 64 images whose gradients are looked at."""
+    images: int = 64
+    """Images whose relaxation is looked at."""
+    data_dir: str | None = None
+    """Where the data lie; by default TFDS_DATA_DIR."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_images", "epochs", "batches", "images"):
+            check_integer(name, getattr(self, name), at_least=1)
+        for seed in self.seeds:
+            check_seed("seeds", seed)
+        if not self.seeds:
+            raise ValueError("seeds is (); expected at least one")
+
+    def decides(self) -> dict[str, Any]:
+        """What decides the rows beside their keys."""
+        names = ("dataset", "train_images", "epochs", "batches", "images")
+        return {name: getattr(self, name) for name in names}
+
+
+def finite(params: ep.Params) -> bool:
+    """Whether no parameter has overflowed."""
+    return all(bool(jnp.isfinite(value).all()) for value in jax.tree.leaves(params))
+
+
+def margin(outputs: jax.Array, labels: jax.Array | np.ndarray) -> jax.Array:
+    """By how much the right class leads in ``[..., classes]``; below 0 another one does."""
+    right = jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+    others = jnp.where(right > 0, -jnp.inf, outputs).max(-1)
+    return jnp.sum(right * outputs, -1) - others
 
 
 def learn(
@@ -215,6 +269,22 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return float(np.mean(values)), math.inf
     half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     return float(np.mean(values)), float(half)
+
+
+def over_seeds(values: Sequence[float | None], digits: int = 2) -> str:
+    """Mean and half width of its interval, as text; ``None`` stands for what diverged."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    mean, half = interval(numbers)
+    told = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(numbers) > 1 else "")
+    missing = len(values) - len(numbers)
+    return f"{told} ({missing} diverged)" if missing else told
+
+
+def by_layer(rows: Sequence[Any], digits: int = 2) -> str:
+    """Means over the seeds of what has a number for each layer, as text."""
+    return spaced(np.mean(np.asarray(rows, float), axis=0), digits) if rows else "–"
 
 
 def plain(tree: Any) -> Any:

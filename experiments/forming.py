@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import command
+from common import command, margin
 from matplotlib.figure import Figure
 from robustness import spoil
 
@@ -77,8 +77,6 @@ def follow(params: ep.Params, spec: ep.NetworkSpec, xs: jax.Array, sweeps: int) 
     twin = diagnostics.rate_twin(spec)
     prepared = network.prepare(params, twin)
     slow = ep.Phases(free=sweeps, sweep="ordered")
-    # One ordered sweep from zero is feed-forward: no layer has heard from above.
-    once = ep.Phases(free=1, sweep="ordered")
 
     def one(x: jax.Array) -> Forming:
         _, info = ep.free_phase(
@@ -89,23 +87,14 @@ def follow(params: ep.Params, spec: ep.NetworkSpec, xs: jax.Array, sweeps: int) 
             trace=lambda now: network.read_out(twin, prepared, now.state[-1]),
         )
         state, _ = ep.free_phase(params, twin, x, diagnostics.SETTLED)
-        alone, _ = ep.free_phase(params, twin, x, once)
-        _, back = jax.vjp(lambda x: network.input_drive(twin, prepared, x)[0], x)
-        (said,) = back(
-            network.pack(twin, tuple(a - b for a, b in zip(state, alone, strict=True)))[0]
-        )
+        drives, back = jax.vjp(lambda x: network.input_drive(twin, prepared, x), x)
+        alone = network.pass_from_below(twin, prepared, drives)
+        first_layer = network.pack(twin, state)[0] - alone[0]
+        (said,) = back((first_layer, *jax.tree.map(jnp.zeros_like, drives[1:])))
         settled, first = (network.read_out(twin, prepared, s[-1]) for s in (state, alone))
         return Forming(info.trace, settled, first, said)
 
     return jax.device_get(jax.jit(jax.vmap(one))(xs))
-
-
-def margin(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """By how much the right class leads, ``[B]``; below 0 another one does."""
-    rows = np.arange(len(labels))
-    others = outputs.copy()
-    others[rows, labels] = -np.inf
-    return outputs[rows, labels] - others.max(1)
 
 
 def draw(xs: np.ndarray, labels: np.ndarray, seen: Forming) -> Figure:

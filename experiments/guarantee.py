@@ -29,7 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 import recurrence
 import tyro
-from common import Journal, command, in_float64, interval, plain
+from common import (
+    WIDTH,
+    EqualBudgets,
+    Journal,
+    by_layer,
+    command,
+    finite,
+    in_float64,
+    margin,
+    over_seeds,
+    plain,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +49,7 @@ from scipy import stats
 
 import ep_jax as ep
 from ep_jax import diagnostics, network, training
-from ep_jax.checks import check_integer, check_number, check_seed
+from ep_jax.checks import check_integer, check_number
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
 from ep_jax.evaluation import recurrence_of
@@ -46,7 +57,6 @@ from ep_jax.files import new_folder, write_json
 from ep_jax.loop import Training
 from ep_jax.presets import PRESETS, Config
 from ep_jax.provenance import provenance
-from ep_jax.tables import spaced
 
 Recipe: TypeAlias = Literal[
     "preset", "no limit", "limit 3", "held", "cap .8", "cap .61", "truncated", "long", "implicit"
@@ -94,45 +104,23 @@ def config_of(recipe: Recipe, config: Config) -> Config:
 
 
 @dataclass(frozen=True)
-class Trainings:
+class Trainings(EqualBudgets):
     """Recipes at equal budgets: what they cost, and what they guarantee."""
 
-    runs: Path
-    """Folder for rows and weights made so far: an interrupted command goes on."""
-    out: Path
-    """Folder for trainings.json and trainings.png."""
-    dataset: Literal["digits", "mnist", "fashion_mnist"] = "mnist"
-    """Images; the network, its code and its phases are those of the preset of this name."""
     recipes: tuple[Recipe, ...] = RECIPES
-    """See the docstring of `config_of`."""
-    train_images: int = 20_000
-    """Images to learn."""
+    """What is trained: the preset; other limits on what an image may contribute; links held by the
+    unsettled images, or capped; fewer and more sweeps; exact gradients."""
     epochs: int = 2
     """Passes over them."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of weights and order of the images."""
-    batches: int = 12
-    """Batches of 64 images whose gradients are looked at."""
     images: int = 256
     """Images whose relaxation is looked at."""
-    data_dir: str | None = None
-    """Where the data lie; by default TFDS_DATA_DIR."""
-
-    def __post_init__(self) -> None:
-        for name in ("train_images", "epochs", "batches", "images"):
-            check_integer(name, getattr(self, name), at_least=1)
-        for seed in self.seeds:
-            check_seed("seeds", seed)
-        if not self.seeds:
-            raise ValueError("seeds is (); expected at least one")
 
     def run(self) -> None:
         """Train what is missing, tabulate, draw, write."""
         out = new_folder("out", self.out, "trainings.json")
         made = provenance()
         data = load(self.dataset, data_dir=self.data_dir)
-        names = ("dataset", "train_images", "epochs", "batches", "images")
-        settings = {name: getattr(self, name) for name in names}
+        settings = self.decides()
         journal = Journal(self.runs / "guarantee.jsonl", settings)
         rows = [
             journal.row(
@@ -159,13 +147,14 @@ class Trainings:
         """Train, and look at what came out of it."""
         print(recipe, seed, flush=True)
         learning = Training(self.config(recipe, seed), data)
-        state, records = learning.compile(learning.start()), []
+        state, errors = learning.compile(learning.start()), []
         for epoch in range(1, self.epochs + 1):
-            state, record = learning.epoch(state, epoch)
-            records.append(record)
+            for batches in learning.dispatches(epoch):
+                state, _ = learning.steps(state, batches)
+                if not finite(state.params):
+                    return {"diverged": True}
+            errors.append(learning.validation_error(state))
         params, spec = jax.device_get(state.params), learning.spec
-        if not all(np.isfinite(value).all() for value in jax.tree.leaves(params)):
-            return {"diverged": True}
         # The network is asked as it is used: by the preset's sweeps, however it was trained.
         phases = PRESETS[self.dataset].phases
         ep.save_weights(self.runs / "weights" / f"{recipe}, seed {seed}", params, spec, phases)
@@ -173,8 +162,7 @@ class Trainings:
         right = recurrence.right(params, spec, own, data, self.batches, (1.0,))
         return {
             "diverged": False,
-            "val_error": [record["val_error"] for record in records],
-            "seconds": sum(record["seconds"] for record in records),
+            "val_error": errors,
             "right": right[f"own, {own.free} + {own.nudged}"],
             "recurrent": recurrence_of(params, spec, data, radii=self.images),
             "trusted": trust(params, spec, phases, data, self.images),
@@ -203,48 +191,37 @@ def trust(
         "noise": error(spoil("noise", NOISE, pixels), phases),
     }
     xs, ys = jnp.asarray(pixels[:images]), labels[:images]
-    answers = [np.asarray(_answers(params, xs, seed, spec=spec)) for seed in (None, 0)]
-    stability = _stability(params, spec, xs)
-    several = np.asarray(stability.disagreement > diagnostics.AMBIGUOUS)
-    wrong = answers[0] != ys
+    zero, random, apart = jax.device_get(_two_starts(params, xs, spec=spec))
+    several, wrong = apart > diagnostics.AMBIGUOUS, zero != ys
     return found | {
-        "from_zero": training.error_rate(answers[0], ys),
-        "from_random": training.error_rate(answers[1], ys),
-        "changed": 100 * float((answers[0] != answers[1]).mean()),
+        "from_zero": training.error_rate(zero, ys),
+        "from_random": training.error_rate(random, ys),
+        "changed": 100 * float((zero != random).mean()),
         "ambiguous": float(several.mean()),
         "error_ambiguous": 100 * float(wrong[several].mean()) if several.any() else None,
         "error_others": 100 * float(wrong[~several].mean()) if not several.all() else None,
     }
 
 
-_stability = jax.jit(
-    functools.partial(diagnostics.contractivity, starts=1), static_argnames=("spec", "phases")
-)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "seed"))
-def _answers(
-    params: ep.Params, xs: jax.Array, seed: int | None, *, spec: ep.NetworkSpec
-) -> jax.Array:
-    """Answers of the rate twin after a long relaxation from zero, or from a random start."""
+@functools.partial(jax.jit, static_argnames="spec")
+def _two_starts(
+    params: ep.Params, xs: jax.Array, *, spec: ep.NetworkSpec
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the rate twin's long relaxations from zero and from a random start: both answers of each
+    image, and the largest distance of a unit between the two states."""
     twin = diagnostics.rate_twin(spec)
     prepared = network.prepare(params, twin)
 
-    def one(x: jax.Array, key: jax.Array) -> jax.Array:
-        start = None
-        if seed is not None:
-            keys = jax.random.split(key, spec.depth)
-            shapes = zip(keys, spec.state_shapes, strict=True)
-            start = tuple(jax.random.uniform(k, shape, x.dtype) for k, shape in shapes)
-        state, _ = ep.free_phase(params, twin, x, diagnostics.SETTLED, start=start)
-        return network.read_out(twin, prepared, state[-1])
+    def one(x: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
+        starts = (None, network.random_state(key, twin, x.dtype))
+        zero, random = (
+            ep.free_phase(params, twin, x, diagnostics.SETTLED, start=start)[0] for start in starts
+        )
+        answers = (network.read_out(twin, prepared, s[-1]) for s in (zero, random))
+        return *map(network.classify, answers), network.largest_gap(zero, random)
 
-    keys = jax.random.split(jax.random.key(seed or 0), len(xs))
-    return network.classify(jax.vmap(one)(xs, keys))
-
-
-WIDTH = 160
-"""Of the table in characters."""
+    zero, random, apart = jax.vmap(one)(xs, jax.random.split(jax.random.key(0), len(xs)))
+    return zero, random, apart
 
 
 def tabulate(rows: Sequence[dict[str, Any]]) -> Table:
@@ -261,26 +238,26 @@ def tabulate(rows: Sequence[dict[str, Any]]) -> Table:
             table.add_row(recipe, f"{len(same)} of {len(same)} diverged")
             continue
 
-        def told(part: str, name: str, kept: list[Any] = kept, digits: int = 2) -> str:
-            mean, half = interval([row[part][name] for row in kept])
-            spread = f" ± {half:.{digits}f}" if np.isfinite(half) else ""
-            return f"{mean:.{digits}f}{spread}"
+        recurrent, trusted = (
+            [None if row["diverged"] else row[part] for row in same]
+            for part in ("recurrent", "trusted")
+        )
 
-        def layers(name: str, kept: list[Any] = kept) -> str:
-            return spaced(np.mean([row["right"][name] for row in kept], axis=0), 2)
+        def told(rows: Sequence[Any], name: str, digits: int = 2) -> str:
+            return over_seeds([row and row[name] for row in rows], digits)
 
         largest = max(row["recurrent"]["radius_largest"] for row in kept)
         table.add_row(
             recipe,
-            told("trusted", "own"),
-            told("trusted", "own_4x"),
-            told("trusted", "from_random"),
-            told("trusted", "noise", digits=1),
-            told("recurrent", "error_cut", digits=1),
-            f"{told('recurrent', 'radius_mean')}; {largest:.3f}",
+            told(trusted, "own"),
+            told(trusted, "own_4x"),
+            told(trusted, "from_random"),
+            told(trusted, "noise", 1),
+            told(recurrent, "error_cut", 1),
+            f"{told(recurrent, 'radius_mean')}; {largest:.3f}",
             f"{100 * np.mean([row['trusted']['ambiguous'] for row in kept]):.1f}",
-            layers("median"),
-            layers("lowest"),
+            by_layer([row["right"]["median"] for row in kept]),
+            by_layer([row["right"]["lowest"] for row in kept]),
         )
     return table
 
@@ -362,11 +339,10 @@ def look(
         output = network.read_out(twin, network.prepare(params, twin), state[-1])
         exact = diagnostics.exact_gradient(params, twin, x[None], y[None])
         gradient = jnp.concatenate([jnp.ravel(g) for g in jax.tree.leaves(exact)])
-        right = jax.nn.one_hot(y, output.size, dtype=output.dtype)
         return {
             "radius": diagnostics.spectral_radius(params, twin, x, state),
             "norm": jnp.linalg.norm(gradient),
-            "margin": output[y] - jnp.max(jnp.where(right > 0, -jnp.inf, output)),
+            "margin": margin(output, y),
             "answer": network.classify(output),
             "gradients": gradient.astype(jnp.float32),
         }

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import command, plain
+from common import command, margin, plain
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -125,16 +125,13 @@ def attack(
     From a random start, steps of ``2.5 epsilon / steps`` up the sign of the margin's gradient.
     """
 
-    def margin(xs: jax.Array) -> jax.Array:
-        found = outputs(xs)
-        right = jax.nn.one_hot(ys, found.shape[-1], dtype=found.dtype)
-        others = jnp.where(right > 0, -jnp.inf, found).max(-1)
-        return jnp.sum(others - jnp.sum(right * found, -1))  # each image has a term of its own
+    def lead(xs: jax.Array) -> jax.Array:
+        return -jnp.sum(margin(outputs(xs), ys))  # each image has a term of its own
 
     low, high = jnp.maximum(xs - epsilon, 0), jnp.minimum(xs + epsilon, 1)
 
     def step(moved: jax.Array, _: None) -> tuple[jax.Array, None]:
-        up = jnp.sign(jax.grad(margin)(moved))
+        up = jnp.sign(jax.grad(lead)(moved))
         return jnp.clip(moved + 2.5 * epsilon / steps * up, low, high), None
 
     start = xs + epsilon * jax.random.uniform(key, xs.shape, xs.dtype, -1, 1)

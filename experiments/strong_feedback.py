@@ -25,9 +25,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -35,14 +34,23 @@ import jax.numpy as jnp
 import numpy as np
 import recurrence
 import tyro
-from common import Journal, command, in_float64, interval, plain
+from common import (
+    WIDTH,
+    EqualBudgets,
+    Journal,
+    by_layer,
+    command,
+    finite,
+    in_float64,
+    over_seeds,
+    plain,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics
-from ep_jax.checks import check_integer, check_seed
 from ep_jax.data import Dataset, load, to_float
 from ep_jax.descriptions import to_json
 from ep_jax.evaluation import recurrence_of, relaxation_of
@@ -52,7 +60,6 @@ from ep_jax.optimizers import SGD, AdamW, Muon, link_norms, radius_bound
 from ep_jax.presets import PRESETS, Config
 from ep_jax.progress import say
 from ep_jax.provenance import provenance
-from ep_jax.tables import spaced
 from ep_jax.training import Augmentation, TrainState
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -70,8 +77,6 @@ FEEDBACKS = (1.0, 0.5, 0.25)
 DECAYS = (0.0, 0.1, 0.3, 1.0, 3.0)
 RELAXATIONS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8)
 TOLERANCE = 1e-3
-WIDTH = 160
-"""Of the table in characters: narrower, numbers would be cut off."""
 LOOKS = 12
 """How often a training is looked at, at least."""
 
@@ -80,42 +85,11 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(EqualBudgets):
     """Why feedback 1 needs Muon."""
 
-    runs: Path
-    """Folder for rows and weights made so far: an interrupted command goes on."""
-    out: Path
-    """Folder for strong_feedback.json and the figures."""
     parts: tuple[Part, ...] = PARTS
     """What is made. Rows made before are in the results in any case."""
-    dataset: Literal["digits", "mnist", "fashion_mnist"] = "mnist"
-    """Images; the network, its code and its phases are those of the preset of this name."""
-    train_images: int = 20_000
-    """Images to learn."""
-    epochs: int = 1
-    """Passes over them."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of weights and order of the images."""
-    batches: int = 12
-    """Batches of 64 images whose gradients are looked at."""
-    images: int = 64
-    """Images for which sweeps are counted."""
-    data_dir: str | None = None
-    """Where the data lie; by default TFDS_DATA_DIR."""
-
-    def __post_init__(self) -> None:
-        for name in ("train_images", "epochs", "batches", "images"):
-            check_integer(name, getattr(self, name), at_least=1)
-        for seed in self.seeds:
-            check_seed("seeds", seed)
-        if not self.seeds:
-            raise ValueError("seeds is (); expected at least one")
-
-    def decides(self) -> dict[str, Any]:
-        """What decides the rows beside their keys."""
-        names = ("dataset", "train_images", "epochs", "batches", "images")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -219,11 +193,6 @@ def look(training: Training, before: ep.Params, state: TrainState, xs: jax.Array
     return {"step": int(state.step), "radius": training.radius(state)} | plain(found)
 
 
-def finite(state: TrainState) -> bool:
-    """Whether no parameter has overflowed."""
-    return all(bool(jnp.isfinite(value).all()) for value in jax.tree.leaves(state.params))
-
-
 def follow(training: Training) -> tuple[TrainState, list[dict[str, Any]]]:
     """Train, and look at the first step of each dispatch; what diverges ends there."""
     state = training.compile(training.start())
@@ -233,12 +202,10 @@ def follow(training: Training) -> tuple[TrainState, list[dict[str, Any]]]:
         for batches in training.dispatches(epoch):
             before = jax.tree.map(np.array, state.params)  # a copy: the state is used up
             state, _ = training.steps(state, batches[:1])
-            if not finite(state):
+            if not finite(state.params):
                 return state, seen
             seen.append(look(training, before, state, xs))
             state, _ = training.steps(state, batches[1:])
-            if not finite(state):
-                return state, seen
     return state, seen
 
 
@@ -378,7 +345,7 @@ class Study:
         """Train, keep the weights of what did not diverge."""
         training = Training(config_of(cell, self.arguments), self.data)
         state, seen = follow(training)
-        learned = finite(state)
+        learned = finite(state.params)
         if learned:
             folder = self.arguments.runs / "weights" / cell.folder
             params = jax.device_get(state.params)
@@ -429,22 +396,6 @@ def _number(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _told(values: Sequence[float | None], digits: int = 2) -> str:
-    """Mean and half width of its interval over the seeds."""
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return "–"
-    mean, half = interval(numbers)
-    told = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(numbers) > 1 else "")
-    missing = len(values) - len(numbers)
-    return f"{told} ({missing} diverged)" if missing else told
-
-
-def _by_layer(rows: Sequence[Any], digits: int = 2) -> str:
-    """Means over the seeds of what has a number for each layer."""
-    return spaced(np.mean(np.asarray(rows, float), axis=0), digits) if rows else "–"
-
-
 def tabulate(study: Study) -> Table:
     """The table of the trainings."""
     table = Table(title="optimisers at equal budgets: validation images, means over the seeds")
@@ -465,15 +416,15 @@ def tabulate(study: Study) -> Table:
                 recipe,
                 "code" if code else "rate",
                 f"{rows[0]['learning_rate']:.2g}",
-                _told([r["error"] for r in rows]),
-                _told([r["settled"]["error_4x"] for r in measured]),
-                _by_layer([r["right"]["median"] for r in measured], 3),
-                _told([r["radius_mean"] for r in recurrent]),
-                _told([r["radius_largest"] for r in recurrent]),
-                _by_layer([r["share"] for r in recurrent]),
-                _told([r["error_cut"] for r in recurrent]),
-                _by_layer([look["links"] for look in last]),
-                _by_layer([look["concentration"] for look in last]),
+                over_seeds([r["error"] for r in rows]),
+                over_seeds([r["settled"]["error_4x"] for r in measured]),
+                by_layer([r["right"]["median"] for r in measured], 3),
+                over_seeds([r["radius_mean"] for r in recurrent]),
+                over_seeds([r["radius_largest"] for r in recurrent]),
+                by_layer([r["share"] for r in recurrent]),
+                over_seeds([r["error_cut"] for r in recurrent]),
+                by_layer([look["links"] for look in last]),
+                by_layer([look["concentration"] for look in last]),
             )
     return table
 
