@@ -451,7 +451,10 @@ PRESETS: dict[str, Config] = {
     **_compared("fashion_mnist", _FASHION),
     **_weak("fashion_mnist", _WEAK_FASHION),
     "fashion_mnist_sigma_delta": replace(
-        _FASHION, neuron=DeltaCode(leak=True), phases=_BINARY_PHASES
+        _FASHION,
+        epochs=6,
+        neuron=DeltaCode(leak=True),
+        phases=replace(_BINARY_PHASES, free=40, nudged=24, beta=0.01),
     ),
     **_compared("cifar10", _CIFAR10),
     **_weak("cifar10", _WEAK_CIFAR10),

@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from common import (
     ADAMW,
@@ -31,6 +30,7 @@ from common import (
     command,
     compare,
     exact_gradients,
+    finite,
     interval,
     learn,
     plain,
@@ -249,12 +249,12 @@ class Training:
         phases = phases_of(cell.neuron, regime, learning=True)
         gradient = GRADIENTS[cell.gradient]
         params, metrics = train(self.budget, regime, spec, phases, gradient, data, seed)
-        finite = bool(jnp.isfinite(optax.tree.norm(params)))
+        kept = finite(params)
         answers, info = training.predict(params, spec, phases, data.test_images)
         return {
-            "test_error": training.error_rate(answers, data.test_labels) if finite else None,
-            "last_loss": float(metrics.loss[-50:].mean()) if finite else None,
-            "moving": float(info.moving) if finite else None,
+            "test_error": training.error_rate(answers, data.test_labels) if kept else None,
+            "last_loss": float(metrics.loss[-50:].mean()) if kept else None,
+            "moving": float(info.moving) if kept else None,
         }
 
 
@@ -298,10 +298,10 @@ def _training_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _spread(values: list[float | None]) -> str:
-    finite = [v for v in values if v is not None]
-    if len(finite) < len(values):
-        return f"{len(values) - len(finite)} of {len(values)} diverged"
-    return f"{np.mean(finite):.2f} ± {np.std(finite, ddof=1) if len(finite) > 1 else 0:.2f}"
+    kept = [v for v in values if v is not None]
+    if len(kept) < len(values):
+        return f"{len(values) - len(kept)} of {len(values)} diverged"
+    return f"{np.mean(kept):.2f} ± {np.std(kept, ddof=1) if len(kept) > 1 else 0:.2f}"
 
 
 CODES: dict[str, ep.Neuron] = {
