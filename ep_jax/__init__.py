@@ -1,9 +1,7 @@
 """Equilibrium Propagation for convolutional spiking convergent RNNs.
 
-The names a user needs; the modules `ep_jax.data`, `ep_jax.spikes`, `ep_jax.optimizers`,
-`ep_jax.training`, `ep_jax.pruning`, `ep_jax.presets`, `ep_jax.loop`, `ep_jax.logs`, `ep_jax.run`,
-`ep_jax.plots`, `ep_jax.report`, `ep_jax.benchmark` and `ep_jax.nnx` (the flax module) load when
-they are first asked for.
+The names a user needs. Further modules, such as `ep_jax.data`, `ep_jax.run` and `ep_jax.nnx` (the
+flax module), load when they are first asked for.
 """
 
 import importlib
@@ -80,8 +78,8 @@ __all__ = [
 ]
 
 _LATER = (
-    *("benchmark", "data", "logs", "loop", "nnx", "optimizers", "plots"),
-    *("presets", "pruning", "report", "run", "spikes", "training"),
+    *("benchmark", "costs", "data", "devices", "evaluation", "logs", "loop", "nnx", "optimizers"),
+    *("plots", "presets", "processes", "pruning", "report", "run", "spikes", "training"),
 )
 
 
@@ -89,3 +87,7 @@ def __getattr__(name: str) -> Any:
     if name in _LATER:
         return importlib.import_module(f"ep_jax.{name}")
     raise AttributeError(f"module 'ep_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

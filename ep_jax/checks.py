@@ -11,6 +11,7 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
@@ -70,12 +71,31 @@ def known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+def check_native(name: str, dtype: Any) -> None:
+    """Numbers of `dtype` are what JAX takes: up to 8 bytes, in the byte order of the machine."""
+    dtype = np.dtype(dtype)
+    if not dtype.isnative or dtype.itemsize > 8:
+        raise TypeError(f"{name} has dtype {dtype.str}; expected at most 8 bytes, in the byte "
+                        "order of this machine: a.astype(a.dtype.newbyteorder('='))")  # fmt: skip
+
+
+def check_key(name: str, key: Any) -> None:
+    """`key` is one random key."""
+    typed = jnp.issubdtype(getattr(key, "dtype", np.int32), jax.dtypes.prng_key)
+    if not hasattr(key, "shape") or len(key.shape) != (0 if typed else 1):
+        shape = f" of shape {key.shape}" if hasattr(key, "shape") else ""
+        raise TypeError(f"{name} is {type(key).__name__}{shape}; expected one random key, as from "
+                        "jax.random.key(0)")  # fmt: skip
+
+
 def check_float_array(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     """`value` is a finite floating-point array of `shape`; a string in `shape` fits any size."""
     expected = f"a floating-point array of shape ({', '.join(map(str, shape))})"
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name} is {type(value).__name__}; expected {expected}")
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        check_native(name, value.dtype)
+    else:
         hint = ""
         if jnp.issubdtype(value.dtype, jnp.integer):
             hint = " (images: ep_jax.data.to_float scales uint8 pixels to [0, 1])"

@@ -3,8 +3,8 @@
 The claim is a file in the folder, made so that of two who come at the same moment one gets it. It
 says whose it is. A process that died leaves its claim behind, so whether it lives is looked up: on
 this machine by its number *and* the time it began, since numbers come again and machines share
-folders; on another one by the age of the file, which a living run touches every minute. Of a job of
-several processes the first one claims, for all.
+folders; on another one, or in another container, by the age of the file, which a living run touches
+every minute. Of a job of several processes the first one claims, for all.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 def _held(name: str, folder: Path, other: dict[str, Any]) -> FileExistsError:
     return FileExistsError(
         f"{name} is {str(folder)!r}, which process {other['process']} on {other['host']} has held "
-        f"since {other['since']}; expected a folder of its own for each run"
+        f"since {other['since']}; expected a folder of its own for each run. (A claim that nobody "
+        f"touches for {FORGOTTEN_AFTER / 60:g} minutes is void. Delete {NAME} if that run is over, "
+        "or this folder a copy of its own.)"
     )
 
 
@@ -86,10 +88,15 @@ def _own() -> dict[str, Any]:
 
 
 def _host() -> str:
-    """The machine since its last start: two may have one name, and numbers begin anew."""
+    """What gives processes their numbers: this machine since its last start, or a container.
+
+    Two of them may have one name.
+    """
+    parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text()[:8]}"
-    return socket.gethostname()
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text()[:8])
+        parts.append(os.readlink("/proc/self/ns/pid"))  # a container has numbers of its own
+    return " ".join(parts)
 
 
 def _began(process: int) -> str | None:
@@ -103,21 +110,36 @@ def _began(process: int) -> str | None:
 def _made(file: Path, own: dict[str, Any]) -> bool:
     """Make the claim, whole or not at all, unless there is one."""
     whole = file.with_name(f"{NAME}.{own['nonce']}")
-    whole.write_text(json.dumps(own))
+    text = json.dumps(own)
     try:
+        with whole.open("x") as written:
+            written.write(text)
+            written.flush()
+            os.fsync(written.fileno())
         os.link(whole, file)
     except FileExistsError:
         return False
+    except OSError:  # a file system without links
+        try:
+            with file.open("x") as written:
+                written.write(text)
+        except FileExistsError:
+            return False
     finally:
-        whole.unlink()
+        whole.unlink(missing_ok=True)
     return True
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    """The claim; ``None`` where there is none, and unknown entries where it is damaged."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        found = json.loads(file.read_text())
+    except OSError:
         return None
+    except ValueError:
+        found = None
+    names = ("host", "process", "began", "since")
+    return dict.fromkeys(names, "unknown") | (found if isinstance(found, dict) else {})
 
 
 def _lives(file: Path, other: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from ep_jax.data import load
 from ep_jax.devices import divide_cpu
 from ep_jax.evaluation import evaluate
 from ep_jax.extras import extra
-from ep_jax.files import new_folder, own_path, write_json
+from ep_jax.files import make_folder, own_path, write_json
 from ep_jax.health import DivergedError
 from ep_jax.logs import logging_to
 from ep_jax.loop import Record
@@ -177,7 +177,9 @@ def _new_file(path: Path | None) -> Path | None:
     if path is None:
         return None
     file = own_path("json", path)
-    new_folder("json", file.parent, file.name)
+    if file.exists():
+        raise FileExistsError(f"json is {str(file)!r}, which is there already; expected a new file")
+    make_folder("json", file.parent)
     return file
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from ep_jax.checks import check_choice, check_integer, known
+from ep_jax.checks import check_choice, check_integer, check_native, known
 from ep_jax.extras import extra
 from ep_jax.files import own_path
 from ep_jax.sources import LAYOUTS, Given, Source, find
@@ -173,18 +173,33 @@ def from_arrays(
         >>> own.classes, own.train_images.shape
         (26, (26, 5, 7, 3))
     """
-    given = Given(*map(np.asarray, (*train, *test)))
-    if len(given.train_images) != len(given.train_labels):
-        raise ValueError(f"train holds {len(given.train_images)} images and "
-                         f"{len(given.train_labels)} labels; expected as many of one as of the "
-                         "other")  # fmt: skip
+    given = Given(*_pair("train", train), *_pair("test", test))
     if classes is None:
-        both = (given.train_labels, given.test_labels)
-        classes = 1 + max((int(v.max()) for v in both if v.size), default=0)
+        classes = 1 + int(max(given.train_labels.max(), given.test_labels.max()))
     _check_validation(validation, len(given.train_labels))
     data = _divided(name, classes, given, *_hold_out(given.train_labels, validation))
     check_dataset(data)
     return data
+
+
+def _pair(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of an argument, in the byte order of the machine."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"{name} is {type(pair).__name__}; expected a pair of images and labels")
+    images, labels = (a.astype(a.dtype.newbyteorder("=")) for a in map(np.asarray, pair))
+    if not images.ndim or len(images) != labels.size or not len(images):
+        raise ValueError(f"{name} holds images of shape {images.shape} and labels of shape "
+                         f"{labels.shape}; expected as many of one as of the other")  # fmt: skip
+    _check_classes(f"{name}'s labels", labels, len(images))
+    return images, labels
+
+
+def _check_classes(name: str, labels: Any, count: int) -> None:
+    """Raise where `labels` are no integers, one for each image."""
+    if np.shape(labels) != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name} has shape {np.shape(labels)} and dtype {labels.dtype}; "
+                         f"expected integers of shape ({count},)")  # fmt: skip
+    check_native(name, labels.dtype)
 
 
 def check_dataset(data: Any) -> None:
@@ -203,9 +218,7 @@ def check_dataset(data: Any) -> None:
                              f"least {least}")  # fmt: skip
         check_pixels(name, images)
         name = f"data.{part}_labels"
-        if np.shape(labels) != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"{name} has shape {np.shape(labels)} and dtype {labels.dtype}; "
-                             f"expected integers of shape ({len(images)},)")  # fmt: skip
+        _check_classes(name, labels, len(images))
         wrong = labels[(labels < 0) | (labels >= data.classes)]
         if len(wrong):
             raise ValueError(f"{name} holds the label {wrong[0]}; expected labels in 0 .. "
@@ -221,6 +234,7 @@ def check_pixels(name: str, images: Any) -> None:
     """
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise TypeError(f"{name} has dtype {images.dtype}; expected uint8 or floating point")
+    check_native(name, images.dtype)
     if images.dtype != np.uint8 and known(images) and not np.isfinite(np.asarray(images)).all():
         raise ValueError(f"{name} holds values that are NaN or infinite; expected finite numbers")
 

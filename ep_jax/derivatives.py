@@ -29,6 +29,7 @@ from ep_jax.dynamics import FAR, PhaseInfo, mean_info
 from ep_jax.gradients import bptt, ep, implicit
 from ep_jax.gradients.batch import Free, Keys, check_batch, keys_of, settle
 from ep_jax.network import NetworkSpec, Params
+from ep_jax.numerics import beyond
 from ep_jax.phases import Phases, check_nudge
 
 
@@ -299,7 +300,7 @@ def _warn_if_far(info: PhaseInfo, sweeps: int) -> None:
     residual, bound = jax.lax.stop_gradient(info.mean_residual), FAR["free"]
 
     def warn(residual: jax.Array) -> None:
-        if residual > bound:  # a `cond` under `vmap` takes both ways
+        if not residual <= bound:  # a `cond` under `vmap` takes both ways
             warnings.warn(
                 f"the equilibrium has not settled after {sweeps} sweeps: one more would move the "
                 f"state by {100 * float(residual):.0f} % in the mean. Derivatives by EP and by "
@@ -309,4 +310,5 @@ def _warn_if_far(info: PhaseInfo, sweeps: int) -> None:
                 stacklevel=2,
             )
 
-    jax.lax.cond(residual > bound, lambda r: jax.debug.callback(warn, r), lambda r: None, residual)
+    far = beyond(residual, bound) > 0
+    jax.lax.cond(far, lambda r: jax.debug.callback(warn, r), lambda r: None, residual)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,18 +54,25 @@ def to_json(value: Any) -> Any:
         return value.item()
     if callable(value):
         return {"function": _import_path(value)}
-    return value
+    if value is None or isinstance(value, str | int | float | dict | os.PathLike):
+        return value
+    raise ValueError(f"{value!r} cannot be saved; expected a frozen dataclass, a function at the "
+                     "top level of a module, numbers or text")  # fmt: skip
 
 
 def _import_path(value: Any) -> str:
-    """``module:name`` of a type or function; ``ValueError`` where it leads nowhere else."""
+    """``module:name`` of a type or function; ``ValueError`` where it does not lead back to it."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     if not module or module == "__main__" or not name or "<" in name:
         raise ValueError(
             f"{value!r} cannot be saved, since no other program could import it; expected a class "
             "or function at the top level of a module, not of the script itself"
         )
-    return f"{module}:{name}"
+    path = f"{module}:{name}"
+    if imported(path) != value:
+        raise ValueError(f"{value!r} cannot be saved, since {path!r} leads to another one; "
+                         "expected a class or function that is found by its name")  # fmt: skip
+    return path
 
 
 def from_json(value: Any, records: Mapping[str, Any] = RECORDS) -> Any:

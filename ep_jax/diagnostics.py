@@ -36,6 +36,7 @@ from ep_jax.hardware import hardware_cost as hardware_cost
 from ep_jax.hardware import synaptic_operations as synaptic_operations
 from ep_jax.network import NetworkSpec, Params, State
 from ep_jax.neurons import Rate
+from ep_jax.numerics import norm
 from ep_jax.phases import Phases, optimal_relaxation
 from ep_jax.relaxation import Snapshot
 
@@ -147,29 +148,15 @@ def compare(estimate: Params | Mapping[Any, Any], exact: Params | Mapping[Any, A
         precision = jnp.result_type(*both)
     estimate, exact = jax.tree.map(lambda g: jnp.asarray(g, precision), (estimate, exact))
 
-    def products(a: Any, b: Any) -> jax.Array:
-        def layer(p: Any, q: Any) -> jax.Array:
-            pairs = zip(jax.tree.leaves(p), jax.tree.leaves(q), strict=True)
-            return jnp.sum(jnp.stack([jnp.vdot(x, y) for x, y in pairs]))
+    def measures(estimate: Any, exact: Any) -> tuple[jax.Array, ...]:
+        here, there = norm(estimate), norm(exact)
+        pairs = zip(jax.tree.leaves(estimate), jax.tree.leaves(exact), strict=True)
+        cosine = jnp.sum(jnp.stack([jnp.vdot(a / here, b / there) for a, b in pairs]))
+        apart = norm(jax.tree.map(jnp.subtract, estimate, exact))
+        return cosine, here / there, apart / there
 
-        return jnp.stack([layer(p, q) for p, q in zip(a, b, strict=True)])
-
-    difference = jax.tree.map(jnp.subtract, estimate, exact)
-    dot, here, there, apart = (
-        products(a, b)
-        for a, b in (
-            (estimate, exact),
-            (estimate, estimate),
-            (exact, exact),
-            (difference, difference),
-        )
-    )
-
-    def measures(dot: Any, here: Any, there: Any, apart: Any) -> tuple[jax.Array, ...]:
-        return dot / jnp.sqrt(here * there), jnp.sqrt(here / there), jnp.sqrt(apart / there)
-
-    sums = (jnp.sum(v) for v in (dot, here, there, apart))
-    return Agreement(*measures(dot, here, there, apart), *measures(*sums))
+    layers = zip(*map(measures, estimate, exact), strict=True)
+    return Agreement(*map(jnp.stack, layers), *measures(estimate, exact))
 
 
 class Spread(NamedTuple):
@@ -201,17 +188,18 @@ def bias_and_variance(estimates: Params, exact: Params) -> Spread:
         raise ValueError("estimates holds 1 seed; expected a leading axis of at least 2")
     layers: list[tuple[jax.Array, jax.Array]] = []
     for estimate, true in zip(estimates, exact, strict=True):
-        bias, variance, norm = (jnp.zeros(()),) * 3
+        bias, variance, square = (jnp.zeros(()),) * 3
+        size = norm(true)
         for name, e in estimate.items():
             seeds = len(e)
-            t = jnp.broadcast_to(true[name], e.shape)
-            wrong = e - t
+            t = jnp.broadcast_to(true[name], e.shape) / size
+            wrong = e / size - t
             mean = jnp.mean(wrong, 0, keepdims=True)
             spread = jnp.sum((wrong - mean) ** 2) / (seeds - 1)
             bias = bias + jnp.sum(mean**2) - spread / seeds
             variance = variance + spread
-            norm = norm + jnp.sum(t**2) / seeds
-        layers.append((bias / norm, variance / norm))
+            square = square + jnp.sum(t**2) / seeds
+        layers.append((bias / square, variance / square))
     return Spread(*(jnp.stack(values) for values in zip(*layers, strict=True)))
 
 

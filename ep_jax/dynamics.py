@@ -28,6 +28,7 @@ from ep_jax.coordinates import (
     displaced_state,
 )
 from ep_jax.network import NetworkSpec, Params, State
+from ep_jax.numerics import beyond, norm
 from ep_jax.phases import Phases, check_beta, check_nudge, check_phases
 from ep_jax.relaxation import Carry, Relaxation, Trace
 
@@ -89,15 +90,8 @@ def residuals(
 
 def relative_size(change: jax.Array, of: jax.Array) -> jax.Array:
     """``|change| / |of|``; 1 where `of` is zero and the change is not."""
-    apart, size = _norm(change), _norm(of)
+    apart, size = norm(change), norm(of)
     return jnp.where(size > 0, apart / jnp.where(size > 0, size, 1), jnp.sign(apart))
-
-
-def _norm(values: jax.Array) -> jax.Array:
-    """The Euclidean norm, without underflow of the squares."""
-    size = jnp.max(jnp.abs(values))
-    scaled = jnp.abs(values) / jnp.where(size > 0, size, 1)
-    return size * jnp.sqrt(jnp.sum(scaled**2))
 
 
 def largest(values: tuple[jax.Array, ...]) -> jax.Array:
@@ -180,7 +174,7 @@ def info_of(
         residual=worst,
         residuals=found,
         mean_residual=worst,
-        unsettled=(worst > UNSETTLED).astype(worst.dtype),
+        unsettled=beyond(worst, UNSETTLED),
         sweeps=sweeps.astype(worst.dtype),
         moving=moving,
         spikes=spikes,

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ep_jax import training
-from ep_jax.data import Dataset, to_float
+from ep_jax.data import Dataset, check_dataset, to_float
 from ep_jax.diagnostics import AMBIGUOUS, contractivity, feedback_answers
 from ep_jax.hardware import hardware_cost, recorded, synaptic_operations
 from ep_jax.network import NetworkSpec, Params
+from ep_jax.numerics import beyond
 from ep_jax.phases import Phases
 
 
@@ -44,6 +45,7 @@ def evaluate(
         ``test_error``, ``test_error_4x``; of one inference: ``spikes_per_neuron`` of each layer,
         and ``synaptic_operations``; ``recurrence``; and ``hardware``, see `hardware_of`.
     """
+    check_dataset(data)
     answers, info = training.predict(params, spec, phases, data.test_images, key)
     answers_4x, _ = training.predict(params, spec, phases.longer(4), data.test_images, key)
     return {
@@ -84,6 +86,7 @@ def recurrence_of(
         ``radius_mean`` and ``radius_largest`` of the relaxation, and the share of the images whose
         fixed point depends on the start, ``ambiguous``.
     """
+    check_dataset(data)
     pixels, labels = held_out(data, images)
     xs = jnp.asarray(to_float(pixels))
     found = _answers_under(params, spec, xs)
@@ -138,5 +141,5 @@ def relaxation_of(params: Params, spec: NetworkSpec, xs: jax.Array) -> dict[str,
     return {
         "mean": float(found.radius.mean()),
         "largest": float(found.radius.max()),
-        "ambiguous": float((found.disagreement > AMBIGUOUS).mean()),
+        "ambiguous": float(beyond(found.disagreement, AMBIGUOUS).mean()),
     }

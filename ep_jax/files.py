@@ -17,6 +17,8 @@ import numpy as np
 
 def own_path(name: str, path: str | os.PathLike[str]) -> Path:
     """A path that a user gave as the argument `name`; ``~`` is the home folder."""
+    if not os.fspath(path):
+        raise ValueError(f"{name} is empty; expected a path")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -78,7 +78,7 @@ def complaints(record: Mapping[str, Any], spec: NetworkSpec, config: Config) -> 
         looked_at["nudged"] = ("_nudged", config.phases.nudged)
     for name, (suffix, sweeps) in looked_at.items():
         residual, unsettled = record[f"mean_residual{suffix}"], record[f"unsettled{suffix}"]
-        if residual > (bound := FAR[name]):
+        if not residual <= (bound := FAR[name]):
             layers = np.array(record[f"residuals{suffix}"])
             worst = layers >= min(bound, layers.max())
             said[f"{name} phase"] = (

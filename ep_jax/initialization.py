@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ep_jax import dynamics, network
-from ep_jax.checks import check_number
+from ep_jax.checks import check_key, check_number
 from ep_jax.diagnostics import rate_twin, spectral_radius
 from ep_jax.network import NetworkSpec, Params
 from ep_jax.phases import Phases
@@ -59,6 +59,7 @@ def init_params(
         >>> round(float(ep_jax.diagnostics.spectral_radius(params, spec, x, state)), 1)
         0.8
     """
+    check_key("key", key)
     params = network.draw_params(key, spec, gain, dtype)
     if radius is None:
         return params

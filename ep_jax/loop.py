@@ -101,7 +101,7 @@ class Training:
         )
         everywhere = self._place.everywhere
         given = (everywhere, everywhere, everywhere, self._place.batches, everywhere, everywhere)
-        self._run: Any = jax.jit(
+        self._jitted: Any = jax.jit(
             _first(steps), donate_argnums=0, in_shardings=given, out_shardings=everywhere
         )
 
@@ -117,12 +117,12 @@ class Training:
         return jax.jit(lambda tree: tree, out_shardings=self._place.everywhere)(tree)
 
     def compile(self, state: TrainState) -> TrainState:
-        """Compile the steps and bring the data to the devices, once; the state is left as it is."""
+        """Compile the steps and bring the data to the devices; the state is left as it is."""
         self._given = self._everywhere(self._given)
         images, labels, key = self._given
         batches = jax.ShapeDtypeStruct(self._shape, np.int32)
         began = time.perf_counter()
-        self._run = self._run.lower(state, images, labels, batches, key, np.int32(0)).compile()
+        self._run = self._jitted.lower(state, images, labels, batches, key, np.int32(0)).compile()
         self.compile_seconds = time.perf_counter() - began
         return state
 

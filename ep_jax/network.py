@@ -137,6 +137,14 @@ class Edge(NamedTuple):
         return self.target > self.source + 1
 
 
+def _check_frozen(name: str, part: Any) -> None:
+    """Raise where a part of a network may change: a compiled program would answer as before."""
+    made = getattr(part, "__dataclass_params__", None)
+    if made is None or not made.frozen:
+        raise TypeError(f"{name} is {part!r}, whose attributes may change while it is static under "
+                        "jit; expected a frozen dataclass")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """A layered convergent recurrent network. Frozen and hashable: static under ``jit``.
@@ -212,6 +220,13 @@ class NetworkSpec:
             except TypeError as error:
                 raise TypeError(f"{name} is {part!r}, which has no hash, so it cannot be static "
                                 "under jit; expected frozen dataclasses") from error  # fmt: skip
+        for name, some in (("neuron", (self.neuron,)), ("layers", self.layers)):
+            for part in some:
+                _check_frozen(name, part)
+        if not isinstance(self.cost, str | functools.partial) and not hasattr(
+            self.cost, "__qualname__"
+        ):
+            _check_frozen("cost", self.cost)
         if not self.depth:
             raise ValueError("layers holds one layer; expected two or more with a read-out (that of"
                              " cost='cross_entropy'), which has no state")  # fmt: skip

@@ -24,6 +24,7 @@ from ep_jax import network
 from ep_jax.checks import check_float_array, check_integer, check_non_negative, check_number
 from ep_jax.layers import Layer
 from ep_jax.network import NetworkSpec, Params, Skip
+from ep_jax.numerics import norm
 
 
 @dataclass(frozen=True)
@@ -273,10 +274,12 @@ def orthogonalize(matrix: jax.Array, steps: int = 5) -> jax.Array:
         return orthogonalize(matrix.T, steps).T
     a, b, c = 3.4445, -4.7750, 2.0315
     info = jnp.finfo(matrix.dtype)
+    largest = jnp.max(jnp.abs(matrix))  # the squares of a dead layer's momentum would underflow
+    matrix = matrix / jnp.where(largest > 0, largest, 1)
     unit = jnp.eye(matrix.shape[1], dtype=matrix.dtype)
     with jax.default_matmul_precision("highest"):  # an accelerator would round more than the ridge
         gram = matrix.T @ matrix
-        square = jnp.trace(gram) + float(info.tiny)  # of the Frobenius norm
+        square = jnp.maximum(jnp.trace(gram), 1)  # of the Frobenius norm; less, where all are 0
         gram = gram / square + float(info.eps) * unit
         product = jax.lax.rsqrt(square) * unit
         for _ in range(steps):
@@ -465,8 +468,8 @@ def radius_bound(norms: jax.Array, feedback: float, skips: Sequence[Skip] = ()) 
     ends = [(l, l + 1) for l in range(depth - 1)]
     ends += [(skip.source - 1, skip.target - 1) for skip in between]
     bounds = jnp.zeros((depth, depth), norms.dtype)
-    for (l, m), norm in zip(ends, norms, strict=True):
-        bounds = bounds.at[l, m].set(feedback ** ((m - l) / 2) * norm)
+    for (l, m), of_link in zip(ends, norms, strict=True):
+        bounds = bounds.at[l, m].set(feedback ** ((m - l) / 2) * of_link)
     return jnp.linalg.eigvalsh(bounds + bounds.T)[-1]
 
 
@@ -525,10 +528,8 @@ def _stretch(layer: Layer, prepared: Any, v: jax.Array) -> tuple[jax.Array, jax.
     """
     with jax.default_matmul_precision("highest"):
         there = layer.drive(prepared, v)
-        back = layer.pull(prepared, v, there)
-    out, size = jnp.linalg.norm(there), jnp.linalg.norm(back)
-    moves = (out > 0) & (size > 0)  # else weights are 0, or all that is left has underflowed
-    return (
-        jnp.where(moves, back / jnp.where(moves, size, 1.0), v),
-        jnp.where(moves, size / jnp.where(moves, out, 1.0), 0.0),
-    )
+        out = norm(there)
+        back = layer.pull(prepared, v, there / jnp.where(out > 0, out, 1.0))
+    size = norm(back)
+    moves = size > 0  # else weights are 0
+    return jnp.where(moves, back / jnp.where(moves, size, 1.0), v), size

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ep_jax.checks import check_choice, check_integer, check_number, known
+from ep_jax.checks import check_choice, check_integer, check_key, check_number, known
 from ep_jax.network import Edge, NetworkSpec
 
 ESTIMATORS = ("one_sided", "random_sign", "symmetric", "holomorphic")
@@ -223,7 +223,9 @@ def check_phases(spec: NetworkSpec, phases: Phases, key: jax.Array | None) -> No
     if phases.relaxation != 1.0 and not getattr(spec.neuron, "damped", True):
         raise ValueError(f"phases.relaxation is {phases.relaxation}; expected 1 with "
                          f"{spec.neuron}, whose state makes no step towards its drive")  # fmt: skip
-    if key is None and spec.neuron.stochastic:
+    if key is not None:
+        check_key("key", key)
+    elif spec.neuron.stochastic:
         raise ValueError(f"key is None; expected a random key for {spec.neuron}")
 
 

@@ -10,6 +10,7 @@ and, at the end, ``result.json``, ``weights.npz``, ``figures/*.png`` and ``repor
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -151,7 +152,8 @@ def _train(
     writes = processes.is_first()
     keeps_best = writes and config.keep == "best"
     state = training.start()
-    checkpoints = Checkpoints(out / "checkpoints", _identity(config, data), CAME_LATER)
+    came_later = CAME_LATER | {"random": _RANDOM}
+    checkpoints = Checkpoints(out / "checkpoints", _identity(config, data), came_later)
     made_by = [provenance()]
     history: list[Record] = []  # of epochs
     steps: list[Record] = []  # of the epoch under way
@@ -218,7 +220,7 @@ def _train(
                 say(console, f"warning: {record['warnings'][kind]}", "yellow")
             warned |= record["warnings"].keys()
             if on_epoch is not None and writes:
-                on_epoch(record)
+                on_epoch(copy.deepcopy(record))  # which is theirs to change
             (stop,) = processes.largest(asked.stop or 0)
             if stop and epoch < config.epochs:
                 raise _stopped(int(stop), epoch, state)
@@ -229,11 +231,17 @@ def _train(
 def _identity(config: Config, data: Dataset) -> dict[str, Any]:
     """What decides a run, so that it must be the same for a run to resume.
 
-    Not where the data lie, but what they are; and not among how many devices a batch is divided.
+    Not where the data lie, but what they are; how JAX makes random numbers; and not among how many
+    devices a batch is divided.
     """
     decides = to_json(config)
     del decides["data_dir"], decides["devices"]
-    return decides | {"data": fingerprint(*data[1:])}
+    random = {name: getattr(jax.config, f"jax_{name}") for name in _RANDOM}
+    return decides | {"data": fingerprint(*data[1:]), "random": random}
+
+
+_RANDOM = {"default_prng_impl": "threefry2x32", "threefry_partitionable": True}
+"""JAX's settings that decide random numbers, as they are by default: as in runs that lack them."""
 
 
 def _finish(

@@ -135,7 +135,7 @@ def _how_to_get(name: str, layout: Layout, roots: Sequence[Path]) -> str:
         f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
     )
     lacking = "".join(_lacking(layout, place) for root in roots for place in (root / name, root))
-    places = " or ".join(map(str, roots))
+    places = " or ".join(repr(str(root)) for root in roots)
     return f"""no data of {name!r} in {places}.{lacking} There are two ways to get it:
 (1) TensorFlow Datasets downloads and prepares it (version 3), once, with
     pip install 'ep_jax[prepare]'
@@ -286,6 +286,11 @@ def _read_python_batch(file: Path) -> tuple[Any, Any]:
 _TFDS_VERSION = re.compile(r"3\.\d+\.\d+")
 
 
+def _names(folder: Path) -> list[str]:
+    """The names of the folders in a folder, in order; none where it is none."""
+    return sorted(f.name for f in folder.glob("*") if f.is_dir())
+
+
 def _prepared_source(folder: Path, classes: int) -> Source | None:
     versions = [
         info.parent
@@ -293,6 +298,9 @@ def _prepared_source(folder: Path, classes: int) -> Source | None:
         if _TFDS_VERSION.fullmatch(info.parent.name)  # and no copy beside it
     ]
     if not versions:
+        for version in filter(_TFDS_VERSION.fullmatch, _names(folder)):
+            raise ValueError(f"{folder / version} lacks dataset_info.json; expected what "
+                             "TensorFlow Datasets prepares")  # fmt: skip
         return None
     newest = max(versions, key=lambda version: [int(n) for n in version.name.split(".")])
     read = functools.partial(_read_prepared, newest, classes)

@@ -329,6 +329,9 @@ def _answers(
 
 def check_images(spec: NetworkSpec, images: np.ndarray | jax.Array) -> None:
     """Raise where `images` are not images ``[N, *spec.input_shape]``."""
+    if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+        raise TypeError(f"images is {type(images).__name__}; expected an array (N, "
+                        f"{', '.join(map(str, spec.input_shape))})")  # fmt: skip
     if tuple(images.shape[1:]) != spec.input_shape or not len(images):
         raise ValueError(
             f"images has dtype {images.dtype} and shape {tuple(images.shape)}; expected shape "
@@ -353,7 +356,8 @@ def predict(
         phases: how long and in which sweeps it settles.
         images: uint8 ``[N, *spec.input_shape]``.
         key: random key for stochastic neurons; a fixed one by default.
-        batch: images in flight at once.
+        batch: images in flight at once. With stragglers an answer may depend on it: which images
+            of a batch go on settling depends on the others.
 
     Returns:
         Predicted labels ``[N]`` (-1 where an answer is not a number) and the `PhaseInfo` of all
@@ -382,5 +386,13 @@ def error_rate(predictions: np.ndarray, labels: np.ndarray) -> float:
     Args:
         predictions: predicted labels ``[N]``.
         labels: true labels ``[N]``.
+
+    Raises:
+        ValueError: they are not as many, or none.
     """
+    if np.ndim(labels) != 1 or np.shape(predictions) != np.shape(labels) or not len(labels):
+        raise ValueError(
+            f"predictions has shape {np.shape(predictions)} and labels {np.shape(labels)}; "
+            "expected (N,) twice, with N of at least 1"
+        )
     return 100.0 * int(np.count_nonzero(predictions != labels)) / len(labels)

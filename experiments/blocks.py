@@ -11,9 +11,9 @@ is the cotangent of the block below. Of each rule the table tells the errors, th
 temporary memory of a training step, and of each block the mean residual of its free phase, the
 share of its states that feedback makes and its largest spectral radius.
 
-A block of two layers has one link in its loop, so its radius is at most that link's norm. Batch
-norm takes away what a cap on the norm costs elsewhere, the size of the outputs: the link is held at
-`--cap`, and each image has one fixed point, near which few sweeps come.
+A block of two layers has one link in its loop, so its radius is at most that link's norm. The link
+is held at `--cap`, and each image has one fixed point, near which few sweeps come. What a cap costs
+elsewhere, the size of the outputs, the batch norm after each block takes away.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def block(below: tuple[int, ...], channels: int, neuron: ep.Neuron) -> ep.Networ
 
 
 class Blocks(nnx.Module):
-    """Batch norm and an equilibrium block, as often as there are `channels`; then a dense head."""
+    """A batch norm and an equilibrium block for each of `channels`; a batch norm and the head."""
 
     def __init__(
         self,
@@ -123,15 +123,18 @@ class Blocks(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         norms, blocks, below = [], [], input_shape
+
+        def norm(channels: int) -> nnx.BatchNorm:
+            return nnx.BatchNorm(channels, momentum=0.9, param_dtype=dtype, dtype=dtype, rngs=rngs)
+
         for width in channels:
             spec = block(below, width, neuron)
-            norms.append(
-                nnx.BatchNorm(below[-1], momentum=0.9, param_dtype=dtype, dtype=dtype, rngs=rngs)
-            )
+            norms.append(norm(below[-1]))
             blocks.append(Equilibrium(spec, phases, rule, gain=gain, dtype=dtype, rngs=rngs))
             below = spec.state_shapes[-1]
         self.norms, self.blocks = nnx.List(norms), nnx.List(blocks)
         units = int(np.prod(below))
+        self.last_norm = norm(below[-1])
         self.head = nnx.Linear(units, classes, param_dtype=dtype, dtype=dtype, rngs=rngs)
 
     def __call__(self, xs: jax.Array) -> tuple[jax.Array, list[ep.PhaseInfo]]:
@@ -140,7 +143,7 @@ class Blocks(nnx.Module):
         for norm, body in zip(self.norms, self.blocks, strict=True):
             xs, info = body.with_info(norm(xs))
             infos.append(info)
-        return self.head(xs.reshape(len(xs), -1)), infos
+        return self.head(self.last_norm(xs).reshape(len(xs), -1)), infos
 
     def inputs(self, xs: jax.Array) -> list[jax.Array]:
         """What enters each block."""

@@ -192,7 +192,7 @@ def trust(
     }
     xs, ys = jnp.asarray(pixels[:images]), labels[:images]
     zero, random, apart = jax.device_get(_two_starts(params, xs, spec=spec))
-    several, wrong = apart > diagnostics.AMBIGUOUS, zero != ys
+    several, wrong = ~(apart <= diagnostics.AMBIGUOUS), zero != ys
     return found | {
         "from_zero": training.error_rate(zero, ys),
         "from_random": training.error_rate(random, ys),

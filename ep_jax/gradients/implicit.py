@@ -15,6 +15,8 @@ Spiking neurons settle as they do, and the adjoint is that of the rate equations
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -33,6 +35,7 @@ from ep_jax.gradients.batch import (
     with_readout,
 )
 from ep_jax.network import NetworkSpec, Params, Prepared, State
+from ep_jax.numerics import norm
 from ep_jax.phases import Phases
 from ep_jax.relaxation import MOVING
 
@@ -142,6 +145,8 @@ def adjoints(
     if tolerance is None:
         tolerance = 8 * float(jnp.finfo(precision).eps)
 
+    sources = _differentiated_no_further(sources)
+
     def one(
         drives: tuple[jax.Array | None, ...], state: State, pulls: jax.Array
     ) -> tuple[State, PhaseInfo]:
@@ -150,7 +155,7 @@ def adjoints(
 
         def unsettled(carry: tuple[jax.Array, State, State]) -> jax.Array:
             sweeps, v, change = carry
-            return (sweeps < max_sweeps) & (_norm(change) > tolerance * _norm(v))
+            return (sweeps < max_sweeps) & (norm(change) > tolerance * norm(v))
 
         def sweep(carry: tuple[jax.Array, State, State]) -> tuple[jax.Array, State, State]:
             sweeps, v, _ = carry
@@ -166,6 +171,18 @@ def adjoints(
         return v, dynamics.info_of(found, sweeps, moving, nothing, dynamics.mean_size(v))
 
     return jax.vmap(one)(free.drives, free.state, sources)
+
+
+@jax.custom_jvp
+def _differentiated_no_further(values: jax.Array) -> jax.Array:
+    """`values`; a derivative through them is refused in this library's words, not in JAX's."""
+    return values
+
+
+@_differentiated_no_further.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    raise TypeError("a derivative of an implicit derivative is asked for, and there is none; "
+                    "expected derivative=ep_jax.BPTT() or EP() for second derivatives")  # fmt: skip
 
 
 def pulled(
@@ -194,7 +211,3 @@ def rate_sweep(
 ) -> State:
     """``F(s)``: one synchronous sweep of rate neurons, packed; the network rests where F(s) = s."""
     return Absolute(spec, prepared, drives, state).swept(state).state
-
-
-def _norm(state: State) -> jax.Array:
-    return jnp.sqrt(sum((jnp.sum(s**2) for s in state), start=jnp.zeros((), state[-1].dtype)))
