@@ -187,9 +187,12 @@ def _pair(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(f"{name} is {type(pair).__name__}; expected a pair of images and labels")
     images, labels = (a.astype(a.dtype.newbyteorder("=")) for a in map(np.asarray, pair))
-    if not images.ndim or len(images) != labels.size or not len(images):
-        raise ValueError(f"{name} holds images of shape {images.shape} and labels of shape "
-                         f"{labels.shape}; expected as many of one as of the other")  # fmt: skip
+    if not images.ndim or not len(images):
+        raise ValueError(f"{name} holds images of shape {images.shape}; expected (N, ...) with N "
+                         "of at least 1")  # fmt: skip
+    if labels.ndim == 1 and len(images) != len(labels):
+        raise ValueError(f"{name} holds {len(images)} images and {len(labels)} labels; expected as "
+                         "many of one as of the other")  # fmt: skip
     _check_classes(f"{name}'s labels", labels, len(images))
     return images, labels
 

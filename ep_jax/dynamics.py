@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ep_jax import network
-from ep_jax.checks import check_float_array
+from ep_jax.checks import check_float_array, check_native
 from ep_jax.coordinates import (
     Absolute,
     Coordinates,
@@ -348,5 +348,6 @@ def nudged_phase(
 def check_inputs(spec: NetworkSpec, xs: jax.Array) -> None:
     """Raise where a batch of inputs does not fit `spec`."""
     check_float_array("xs", xs, ("batch", *spec.input_shape))
+    check_native("xs", xs.dtype)
     if xs.shape[0] == 0:
         raise ValueError("xs holds no example; expected at least one")

@@ -564,7 +564,7 @@ def test_own_arrays_are_held_out_by_class() -> None:
         ({"test": (np.zeros((4, 5, 7, 1)), np.zeros(4, int))}, ValueError, "test_images has shape"),
         ({"test": (np.full((4, 5, 7, 3), np.nan), np.zeros(4, int))}, ValueError, "NaN"),
         ({"test": (np.zeros((4, 5, 7, 3), int), np.zeros(4, int))}, TypeError, "dtype int64"),
-        ({"test": (np.zeros((4, 5, 7, 3)), np.zeros(4))}, ValueError, "test_labels .* integers"),
+        ({"test": (np.zeros((4, 5, 7, 3)), np.zeros(4))}, ValueError, "test's labels .* integers"),
         ({"test": (np.zeros((0, 5, 7, 3)), np.zeros(0, int))}, ValueError, "N of at least 1"),
     ],
 )

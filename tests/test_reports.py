@@ -89,7 +89,7 @@ def test_answers_and_labels_are_compared_one_by_one(params: ep.Params) -> None:
     ("change", "message"),
     [
         (lambda x, y: (x, y[:, None]), r"train's labels has shape \(10, 1\)"),
-        (lambda x, y: (x, np.eye(10)), r"labels of shape \(10, 10\); expected as many"),
+        (lambda x, y: (x, np.eye(10)), r"train's labels has shape \(10, 10\)"),
         (lambda x, y: (x, ["cat", "dog"] * 5), "dtype <U3; expected integers"),
         (lambda x, y: (x, y * np.nan), "dtype float64; expected integers"),
         (lambda x, y: (object(), y), r"images of shape \(\)"),
@@ -332,3 +332,12 @@ def test_every_name_that_is_told_is_there() -> None:
     assert not missing
     with warnings.catch_warnings():
         assert {"devices", "processes", "run"} <= set(dir(ep))
+
+
+def test_a_folder_of_tensorflow_datasets_that_lacks_a_file_is_named(tmp_path: Path) -> None:
+    """Its description was not copied; there is data."""
+    version = tmp_path / "mnist" / "3.0.1"
+    version.mkdir(parents=True)
+    (version / "mnist-train.array_record-00000-of-00001").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"3\.0\.1 lacks dataset_info\.json"):
+        load("mnist", data_dir=tmp_path)
