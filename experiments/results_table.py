@@ -89,6 +89,8 @@ def sweeps(phases: dict[str, Any], phase: str) -> str:
 
 def neurons(described: str | dict[str, Any]) -> str:
     """The neuron model in words; older files hold its name alone."""
+    if isinstance(described, dict) and described.get("leak"):
+        return "sigma-delta, closed loop"
     name = described["type"] if isinstance(described, dict) else described
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ").lower()
 
@@ -151,7 +153,7 @@ def place(folder: Path) -> tuple[int, int, str]:
 
 SHORT = (
     ("mnist", "mnist", "spiking EP"),
-    ("mnist", "mnist_weak", "spiking EP, weak feedback"),
+    ("mnist", "mnist_sigma_delta", "spiking EP, the paper's neuron in a closed loop"),
     ("mnist", "mnist_backprop_weak", "backprop, rate neurons"),
     ("fashion_mnist", "fashion_mnist", "spiking EP"),
     ("fashion_mnist", "fashion_mnist_backprop_weak", "backprop, rate neurons"),

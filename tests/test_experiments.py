@@ -343,6 +343,8 @@ def test_neuron_models_in_words() -> None:
     """Older files hold a name, newer ones a description."""
     assert results_table.neurons("delta_code") == "delta code"
     assert results_table.neurons({"type": "SigmaDelta", "lam": 0.5}) == "sigma delta"
+    leaky = {"type": "DeltaCode", "leak": True}
+    assert results_table.neurons(leaky) == "sigma-delta, closed loop"
 
 
 def test_the_hardware_of_saved_weights(tmp_path: Path) -> None:
