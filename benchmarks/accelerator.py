@@ -42,11 +42,11 @@ from rich.table import Table
 
 import ep_jax as ep
 from ep_jax import diagnostics
-from ep_jax.benchmark import CLASSES, SHAPES
+from ep_jax.benchmark import spec_of_named
 from ep_jax.files import write_json
 from ep_jax.gradients.feedforward import feedforward_gradient
 from ep_jax.phases import PRECISIONS
-from ep_jax.presets import PRESETS, Config, spec_of
+from ep_jax.presets import PRESETS, Config
 from ep_jax.provenance import provenance
 
 Network = Literal["mnist", "cifar10_vgg5"]
@@ -160,7 +160,7 @@ def sweeps(networks: tuple[Network, ...], quick: bool) -> Iterator[dict[str, Any
             if method == "backprop":  # it has no sweeps
                 continue
             config, gradient = config_of(network, method, quick), METHODS[method][1]
-            spec = spec_of(config, SHAPES[config.dataset], CLASSES)
+            spec = spec_of_named(config)
             params = jax.eval_shape(lambda spec=spec: ep.init_params(jax.random.key(0), spec))
             xs = jax.ShapeDtypeStruct((config.batch, *spec.input_shape), jnp.float32)
             ys = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
@@ -189,7 +189,7 @@ def agreement(quick: bool) -> list[dict[str, Any]]:
     except RuntimeError:
         return []
     config = config_of("mnist", "EP, rate", quick)
-    spec = spec_of(config, SHAPES["mnist"], CLASSES)
+    spec = spec_of_named(config)
     phases = replace(config.phases.without_stragglers(), limit=None)
     params, xs, ys = jax.device_get(problem(spec, 4 if quick else 16))
     gradient = jitted(ep.ep_gradient)

@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 import ep_jax as ep
 from ep_jax import phases as phases_
 from ep_jax import training
-from ep_jax.benchmark import CLASSES, SHAPES
+from ep_jax.benchmark import CLASSES, spec_of_named
 from ep_jax.devices import placements
 from ep_jax.diagnostics import connections
 from ep_jax.gradients.ep import nudges
@@ -140,7 +140,7 @@ def training_steps(
 ) -> Program:
     """A dispatch of training steps: gather, augment, gradient, the run's optimiser."""
     place = placements(devices)
-    spec = spec_of(config, SHAPES[config.dataset], CLASSES)
+    spec = spec_of_named(config)
     optimizer = optimizer_of(config, spec, 1000)
     run = training.make_train_steps(
         spec, config.phases, optimizer, augmentation=config.augmentation, gradient=gradient

@@ -43,6 +43,17 @@ class Method(NamedTuple):
     phases: Phases
 
 
+def spec_of_named(config: Config) -> NetworkSpec:
+    """The network of a run for the data set that it names, which need not be there.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if config.dataset is None:
+        raise ValueError("config.dataset is None; expected the name of a data set")
+    return spec_of(config, SHAPES[config.dataset], CLASSES)
+
+
 def methods_of(config: Config) -> dict[str, Method]:
     """EP as the run does it, and what it is compared with.
 
@@ -57,7 +68,7 @@ def methods_of(config: Config) -> dict[str, Method]:
         >>> {name: m.phases.free for name, m in methods_of(PRESETS["mnist"]).items()}
         {'EP': 11, 'BPTT': 31, 'backprop': 11}
     """
-    spec = spec_of(config, SHAPES[config.dataset], CLASSES)
+    spec = spec_of_named(config)
     alike = replace(config.phases.for_all(), tolerance=None, limit=None)
     return {
         "EP": Method(ep_gradient, spec, config.phases),

@@ -70,8 +70,9 @@ class Config:
     the mean activity.
     """
 
-    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "mnist"
-    """Images to learn: digits needs no download."""
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] | None = "mnist"
+    """Images to learn: digits needs no download. ``None`` in the records of runs on data that have
+    no name here."""
     data_dir: str | None = None
     """Where the data lie (published files or TFDS data); by default TFDS_DATA_DIR."""
     validation: int | None = None
@@ -152,7 +153,7 @@ class Config:
     error."""
 
     def __post_init__(self) -> None:
-        check_choice("dataset", self.dataset, DATASETS)
+        check_choice("dataset", self.dataset, (*DATASETS, None))
         check_choice("gradient", self.gradient, GRADIENTS)
         for name, kinds in (("neuron", NEURONS), ("optimizer", OPTIMIZERS), ("cost", COSTS)):
             if isinstance(value := getattr(self, name), str):

@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,11 @@ def _train(
     console: Console,
 ) -> Record:
     """See `train`; the folder is there, and nobody else's."""
+    if data is not None and data.name != config.dataset:
+        config = replace(config, dataset=None)  # it is of other data, and so say the records
     if data is None:
+        if config.dataset is None:
+            raise ValueError("config.dataset is None, and no data are given; expected one of them")
         data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
     training = Training(config, data)
     writes = processes.is_first()

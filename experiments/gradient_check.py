@@ -131,7 +131,7 @@ def check(arguments: Arguments) -> None:
     """Compare, print, draw, write."""
     out = new_folder("out", arguments.out, "check.json")
     name = arguments.dataset or PRESETS[arguments.preset or ""].dataset
-    data = load(name, data_dir=arguments.data_dir)
+    data = load(name or "", data_dir=arguments.data_dir)
     params, spec, phases = network_of(arguments, data)
     xs, ys = validation_batches(data, arguments.batches, arguments.batch)
     exact = exact_gradients(params, spec, xs, ys)

@@ -141,7 +141,7 @@ def test_a_run_on_ones_own_arrays(shape: tuple[int, ...], classes: int, tmp_path
     seen: list[Any] = []
     result = train(config, tmp_path / "run", data=data, on_epoch=seen.append)
     assert [record["val_error"] for record in seen] == result["val_error"]
-    assert result["dataset"] == "own"
+    assert (result["dataset"], result["config"]["dataset"]) == ("own", None)
     assert result["test_error"] < 20  # at chance it is 90 or more
     params, spec, phases = ep.load_weights(tmp_path / "run")
     assert spec.classes == classes
