@@ -46,6 +46,9 @@ class Method(NamedTuple):
 def spec_of_named(config: Config) -> NetworkSpec:
     """The network of a run for the data set that it names, which need not be there.
 
+    Args:
+        config: the run.
+
     Raises:
         ValueError: it names none.
     """

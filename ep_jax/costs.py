@@ -42,6 +42,12 @@ COSTS: dict[str, Cost] = {"squared_error": SquaredError(), "cross_entropy": Cros
 
 
 def gradient(cost: Cost, output: jax.Array, target: jax.Array) -> jax.Array:
-    """``dC / d output``; of a complex output the complex derivative."""
+    """``dC / d output``; of a complex output the complex derivative.
+
+    Args:
+        cost: a cost.
+        output: the output of one example.
+        target: its target.
+    """
     holomorphic = jnp.iscomplexobj(output)
     return jax.grad(lambda o: cost(o, target), holomorphic=holomorphic)(output)

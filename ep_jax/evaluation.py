@@ -59,7 +59,12 @@ def evaluate(
 
 
 def held_out(data: Dataset, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first validation images and their labels, or training ones where none are held out."""
+    """The first validation images and their labels, or training ones where none are held out.
+
+    Args:
+        data: where they come from.
+        images: how many, at most.
+    """
     if len(data.validation_images):
         return data.validation_images[:images], data.validation_labels[:images]
     return data.train_images[:images], data.train_labels[:images]
@@ -136,7 +141,13 @@ _contractivity = jax.jit(
 
 
 def relaxation_of(params: Params, spec: NetworkSpec, xs: jax.Array) -> dict[str, Any]:
-    """Spectral radius, ``mean`` and ``largest``; share of images with an ``ambiguous`` state."""
+    """Spectral radius, ``mean`` and ``largest``; share of images with an ``ambiguous`` state.
+
+    Args:
+        params: parameters.
+        spec: the network.
+        xs: inputs ``[B, ...]``.
+    """
     found = _contractivity(params, spec, xs)
     return {
         "mean": float(found.radius.mean()),

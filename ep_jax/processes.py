@@ -60,7 +60,11 @@ def is_first() -> bool:
 
 
 def largest(*values: float) -> tuple[float, ...]:
-    """Of each value the largest that any process has: what all of them then go by."""
+    """Of each value the largest that any process has: what all of them then go by.
+
+    Args:
+        values: this process's.
+    """
     if jax.process_count() == 1:
         return values
     everyone = multihost_utils.process_allgather(np.asarray(values, np.float32))
