@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -121,6 +122,7 @@ def test_a_read_out() -> None:
 def test_skips_pools_and_layers_of_ones_own() -> None:
     """Each connection counts, whoever makes it."""
 
+    @dataclass(frozen=True)
     class Own(ep.Layer):
         """Each unit hears two of the three below."""
 
