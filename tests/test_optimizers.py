@@ -262,11 +262,26 @@ def test_links_stay_below_the_cap(name: str, dtype: Any) -> None:
     np.testing.assert_allclose(found.norms, norms, rtol=0.01)
     assert found.norms.dtype == held[1]["w"].dtype == dtype
     assert int(found.capped) == len(norms)  # all were pushed up in the last step, too
-    rounding = 100 * float(jnp.finfo(dtype).eps)  # of another program
+    rounding = 100 * float(jnp.finfo(dtype).eps)  # two programs, which XLA fuses in two ways
     for l in range(len(spec.layers)):  # what is no link learns as ever, and so do biases
         names = ["b"] if 0 < l < spec.depth else ["w", "b"]
         for part in names:
             np.testing.assert_allclose(held[l][part], free[l][part], rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_cap_that_holds_every_link_touches_nothing_else(name: str) -> None:
+    """Biases, the input's layer and a read-out keep their updates to the bit."""
+    spec = LINKED[name]
+    params, updates = make_params(spec), make_params(spec, 5)
+    capped = cap_links(spec, 1e-3)
+    found, state = capped.update(updates, capped.init(params), params)
+    links = {edge.params_index for edge in spec.links}
+    assert int(cap_state(state).capped) == len(links) > 0
+    for l, (held, given) in enumerate(zip(found, updates, strict=True)):
+        for part, update in given.items():
+            same = np.array_equal(held[part], update)
+            assert same == (l not in links or part == "b"), (l, part)
 
 
 def test_a_cap_leaves_what_is_below_it_alone() -> None:
