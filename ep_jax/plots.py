@@ -33,12 +33,12 @@ class Relaxation(NamedTuple):
 
     Attributes:
         energy: mean energy ``[T]``.
-        residual: mean ``|s_{t+1} - s_t|``, ``[T]``.
+        change: mean ``|s_{t+1} - s_t|``, ``[T]``.
         spikes: tuple over layers of the spikes ``[T, ...]`` of the first example.
     """
 
     energy: np.ndarray
-    residual: np.ndarray
+    change: np.ndarray
     spikes: tuple[np.ndarray, ...]
 
 
@@ -57,13 +57,13 @@ def record_free_phase(
 
     def one(x: jax.Array, key: jax.Array) -> Any:
         def look(now: Snapshot) -> Any:
-            return energy(params, spec, x, now.state), now.residual, now.spikes
+            return energy(params, spec, x, now.state), now.change, now.spikes
 
         return free_phase(params, spec, x, phases, key, trace=look)[1].trace
 
-    energies, residuals, spikes = jax.jit(jax.vmap(one))(xs, jax.random.split(key, len(xs)))
+    energies, changes, spikes = jax.jit(jax.vmap(one))(xs, jax.random.split(key, len(xs)))
     first = tuple(np.asarray(layer[0]) for layer in spikes)
-    return Relaxation(np.asarray(energies.mean(0)), np.asarray(residuals.mean(0)), first)
+    return Relaxation(np.asarray(energies.mean(0)), np.asarray(changes.mean(0)), first)
 
 
 @mpl.rc_context(_STYLE)
@@ -205,7 +205,7 @@ def _show(axis: Any, image: np.ndarray) -> None:
 
 @mpl.rc_context(_STYLE)
 def relaxation(record: Relaxation) -> Figure:
-    """Energy and residual against sweeps of a free phase.
+    """Energy and change against sweeps of a free phase.
 
     The energy is shown above its last value: weak feedback weighs lower layers with
     ``alpha^(l - L)``, so its absolute size says little.
@@ -220,8 +220,8 @@ def relaxation(record: Relaxation) -> Figure:
     left.plot(sweeps[:-1], above[:-1], "o-", ms=3)
     left.set_yscale("log" if (above[:-1] > 0).all() and len(above) > 1 else "symlog")
     left.set(xlabel="sweep", title="energy above its last value, $E_t - E_T$")
-    right.semilogy(sweeps, np.maximum(record.residual, 1e-12), "o-", ms=3)
-    right.set(xlabel="sweep", title=r"residual $\|s_{t+1} - s_t\|$")
+    right.semilogy(sweeps, np.maximum(record.change, 1e-12), "o-", ms=3)
+    right.set(xlabel="sweep", title=r"change $\|s_{t+1} - s_t\|$")
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure

@@ -33,15 +33,15 @@ class Snapshot(NamedTuple):
         state: tuple over layers of the analog states (in displacement coordinates: of ``D``).
         spikes: tuple over layers of the spikes emitted in this sweep; zeros for rate neurons.
         signals: tuple over layers of what goes through the weights.
-        residual: ``|s_{t+1} - s_t|`` of this sweep, over all layers. A code that has stopped to
-            send has none, wherever it is: what tells of the fixed point is `PhaseInfo.residual`.
+        change: ``|s_{t+1} - s_t|`` of this sweep, over all layers. A code that has stopped to send
+            has none, wherever it is: what tells of the fixed point is `PhaseInfo.residual`.
     """
 
     step: jax.Array
     state: State
     spikes: State
     signals: State
-    residual: jax.Array
+    change: jax.Array
 
 
 Trace: TypeAlias = Callable[[Snapshot], Any]
@@ -246,5 +246,5 @@ class Relaxation:
             state=network.unpack(spec, tuple(state.s for state in new)),
             spikes=network.unpack(spec, tuple(emitted)),
             signals=network.unpack(spec, tuple(map(self._signal, new))),
-            residual=jnp.sqrt(functools.reduce(jnp.add, squares)),
+            change=jnp.sqrt(functools.reduce(jnp.add, squares)),
         )

@@ -146,12 +146,12 @@ def _train(
     console: Console,
 ) -> Record:
     """See `train`; the folder is there, and nobody else's."""
-    if data is not None and data.name != config.dataset:
-        config = replace(config, dataset=None)  # it is of other data, and so say the records
     if data is None:
         if config.dataset is None:
             raise ValueError("config.dataset is None, and no data are given; expected one of them")
         data = load(config.dataset, validation=config.validation, data_dir=config.data_dir)
+    elif data.name != config.dataset:
+        config = replace(config, dataset=None)  # it is of other data, and so say the records
     training = Training(config, data)
     writes = processes.is_first()
     keeps_best = writes and config.keep == "best"

@@ -286,11 +286,6 @@ def _read_python_batch(file: Path) -> tuple[Any, Any]:
 _TFDS_VERSION = re.compile(r"3\.\d+\.\d+")
 
 
-def _names(folder: Path) -> list[str]:
-    """The names of the folders in a folder, in order; none where it is none."""
-    return sorted(f.name for f in folder.glob("*") if f.is_dir())
-
-
 def _prepared_source(folder: Path, classes: int) -> Source | None:
     versions = [
         info.parent
@@ -298,7 +293,8 @@ def _prepared_source(folder: Path, classes: int) -> Source | None:
         if _TFDS_VERSION.fullmatch(info.parent.name)  # and no copy beside it
     ]
     if not versions:
-        for version in filter(_TFDS_VERSION.fullmatch, _names(folder)):
+        folders = sorted(f.name for f in folder.glob("*") if f.is_dir())
+        for version in filter(_TFDS_VERSION.fullmatch, folders):
             raise ValueError(f"{folder / version} lacks dataset_info.json; expected what "
                              "TensorFlow Datasets prepares")  # fmt: skip
         return None

@@ -4,23 +4,28 @@
     python experiments/blocks.py --dataset fashion_mnist --rules ep --epochs 10 \\
         --runs runs/blocks --out results/blocks/fashion_mnist
 
-A block is a convergent recurrent network of two convolutions at feedback 1 (`ep_jax.nnx`); what
-comes before and after it is feed-forward, so the model is a feedforward-tied energy-based model
-(Nest & Ernoult 2024, arXiv:2409.06108). Its gradient chains: what a block's rule says of its inputs
-is the cotangent of the block below. Of each rule the table tells the errors, the seconds and the
-temporary memory of a training step, and of each block the mean residual of its free phase, the
-share of its states that feedback makes and its largest spectral radius.
+A block is a convergent recurrent network of two layers at feedback 1 (`ep_jax.nnx`): the first one
+of convolutions, the second one dense. What comes before and after it is feed-forward, so the model
+is a feedforward-tied energy-based model (Nest & Ernoult 2024, arXiv:2409.06108). Its gradient
+chains: what a block's rule says of its inputs is the cotangent of the block below. Of each rule the
+table tells the errors, the seconds and the temporary memory of a training step, and of each block
+the mean residual of its free phase, the share of its states that feedback makes and its largest
+spectral radius.
 
-A block of two layers has one link in its loop, so its radius is at most that link's norm. The link
-is held at `--cap`, and each image has one fixed point, near which few sweeps come. What a cap costs
-elsewhere, the size of the outputs, the batch norm after each block takes away.
+A block of two layers has one link in its loop, so its radius is at most that link's norm. After
+each step the link is scaled to the norm `--strength` (Miyato et al. 2018, arXiv:1802.05957, do so
+with a discriminator's layers). Below 1 each image has one fixed point, near which few sweeps come;
+and the training can't do away with the feedback. What this costs elsewhere, the size of the
+outputs, the batch norm after each block takes away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -65,8 +70,10 @@ class Settings:
     """Where the data lie, see experiments/train.py."""
     rules: tuple[Literal["ep", "bptt", "implicit"], ...] = ("ep", "bptt", "implicit")
     """Derivative rules, each of which trains a model from the same start."""
-    channels: tuple[int, ...] = (32, 64)
-    """Channels of each block; a block halves height and width."""
+    channels: tuple[int, int] = (32, 64)
+    """Channels of the block of convolutions; each of them halves height and width."""
+    units: tuple[int, int] = (256, 128)
+    """Units of the dense block."""
     neuron: Literal["rate", "sigma_delta", "delta_code"] = "delta_code"
     """Neuron model of all blocks."""
     phases: ep.Phases = field(
@@ -81,61 +88,60 @@ class Settings:
     """Images in a step."""
     train_images: int | None = None
     """Learn from the first so many training images only."""
-    learning_rate: float = 0.005
+    learning_rate: float = 0.004
     """Peak rate of Muon; it decays to 0 along a cosine."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.05
     """Decoupled weight decay of the matrices."""
-    gain: float = 0.5
+    gain: float = 0.3
     """Scale of the initial weights."""
-    cap: float = 0.95
-    """Largest norm of the link between the layers of a block; from 1 on it proves nothing."""
+    strength: float = 0.8
+    """Norm of the link between the layers of a block; from 1 on it proves nothing."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """How the training images are varied."""
     seed: int = 0
     """Seed of weights and order of the images."""
 
 
-def block(below: tuple[int, ...], channels: int, neuron: ep.Neuron) -> ep.NetworkSpec:
-    """Two convolutions that drive each other at feedback 1; the first one halves the sides."""
-    return ep.NetworkSpec(
-        below,
-        (ep.Conv(channels, 3, padding="SAME"), ep.Conv(channels, 3, None, padding="SAME")),
-        neuron,
-        feedback=1.0,
-        output=neuron.activation,
-    )
+def specs_of(
+    input_shape: tuple[int, ...],
+    channels: tuple[int, int],
+    units: tuple[int, int],
+    neuron: ep.Neuron,
+) -> list[ep.NetworkSpec]:
+    """Two blocks at feedback 1, of two convolutions and of two dense layers."""
+
+    def block(below: tuple[int, ...], *layers: ep.Layer) -> ep.NetworkSpec:
+        return ep.NetworkSpec(below, layers, neuron, feedback=1.0, output=neuron.activation)
+
+    lower, upper = channels
+    first = block(input_shape, ep.Conv(lower, 5, padding="SAME"), ep.Conv(upper, 3, padding="SAME"))
+    return [first, block(first.state_shapes[-1], *map(ep.Dense, units))]
 
 
 class Blocks(nnx.Module):
-    """A batch norm and an equilibrium block for each of `channels`; a batch norm and the head."""
+    """A batch norm and an equilibrium block for each of `specs`; a batch norm and the head."""
 
     def __init__(
         self,
-        input_shape: tuple[int, ...],
-        channels: tuple[int, ...],
+        specs: Sequence[ep.NetworkSpec],
         classes: int,
-        neuron: ep.Neuron,
         phases: ep.Phases,
         rule: ep.Derivative,
-        gain: float = 0.5,
+        gain: float = 0.3,
         dtype: Any = jnp.float32,
         *,
         rngs: nnx.Rngs,
     ) -> None:
-        norms, blocks, below = [], [], input_shape
+        def norm(shape: tuple[int, ...]) -> nnx.BatchNorm:
+            return nnx.BatchNorm(shape[-1], momentum=0.9, param_dtype=dtype, dtype=dtype, rngs=rngs)
 
-        def norm(channels: int) -> nnx.BatchNorm:
-            return nnx.BatchNorm(channels, momentum=0.9, param_dtype=dtype, dtype=dtype, rngs=rngs)
-
-        for width in channels:
-            spec = block(below, width, neuron)
-            norms.append(norm(below[-1]))
-            blocks.append(Equilibrium(spec, phases, rule, gain=gain, dtype=dtype, rngs=rngs))
-            below = spec.state_shapes[-1]
-        self.norms, self.blocks = nnx.List(norms), nnx.List(blocks)
-        units = int(np.prod(below))
-        self.last_norm = norm(below[-1])
-        self.head = nnx.Linear(units, classes, param_dtype=dtype, dtype=dtype, rngs=rngs)
+        self.norms = nnx.List(norm(spec.input_shape) for spec in specs)
+        self.blocks = nnx.List(
+            Equilibrium(spec, phases, rule, gain=gain, dtype=dtype, rngs=rngs) for spec in specs
+        )
+        top = specs[-1].state_shapes[-1]
+        self.last_norm = norm(top)
+        self.head = nnx.Linear(math.prod(top), classes, param_dtype=dtype, dtype=dtype, rngs=rngs)
 
     def __call__(self, xs: jax.Array) -> tuple[jax.Array, list[ep.PhaseInfo]]:
         """Logits of images, and how the free phase of each block ended."""
@@ -161,15 +167,15 @@ class Told(NamedTuple):
     residuals: list[jax.Array]
 
 
-def hold(model: Blocks, cap: float) -> None:
-    """Scale the link of each block down to a norm of at most `cap`."""
+def hold(model: Blocks, strength: float) -> None:
+    """Scale the link of each block to the norm `strength`."""
     for body in model.blocks:
         [norm] = link_norms(body.params, body.spec, iterations=20)
         link = body.layers[1]["w"]
-        link[...] *= jnp.minimum(1.0, cap / norm)
+        link[...] *= strength / norm
 
 
-def make_step(augmentation: Augmentation, cap: float) -> Any:
+def make_step(augmentation: Augmentation, strength: float) -> Any:
     """``(model, optimizer, images, labels, key) -> Told``, compiled: one step on uint8 images."""
 
     def step(model: Blocks, optimizer: Any, images: jax.Array, labels: jax.Array, key: Any) -> Told:
@@ -182,7 +188,7 @@ def make_step(augmentation: Augmentation, cap: float) -> Any:
 
         (value, infos), grads = nnx.value_and_grad(loss, has_aux=True)(model)
         optimizer.update(model, grads)
-        hold(model, cap)
+        hold(model, strength)
         return Told(value, [info.mean_residual for info in infos])
 
     return nnx.jit(step, donate_argnums=(0, 1))
@@ -203,15 +209,19 @@ def error(model: Blocks, images: np.ndarray, labels: np.ndarray, batch: int = 50
 def train(settings: Settings, data: Dataset, rule: str, console: RunConsole) -> dict[str, Any]:
     """Train a model by one rule; what the table tells of it."""
     model = Blocks(
-        data.train_images.shape[1:],
-        settings.channels,
+        specs_of(
+            data.train_images.shape[1:],
+            settings.channels,
+            settings.units,
+            NEURONS[settings.neuron](),
+        ),
         data.classes,
-        NEURONS[settings.neuron](),
         settings.phases,
         RULES[rule],
         settings.gain,
         rngs=nnx.Rngs(settings.seed),
     )
+    hold(model, settings.strength)
 
     def order(epoch: int) -> np.ndarray:
         """The images of each step ``[steps, batch]``."""
@@ -225,7 +235,7 @@ def train(settings: Settings, data: Dataset, rule: str, console: RunConsole) -> 
         muon(settings.learning_rate, settings.epochs * steps, settings.weight_decay),
         wrt=nnx.Param,
     )
-    step, key = make_step(settings.augmentation, settings.cap), jax.random.key(settings.seed)
+    step, key = make_step(settings.augmentation, settings.strength), jax.random.key(settings.seed)
     first = first_epoch[0]
     compiled = step.lower(
         model, optimizer, data.train_images[first], data.train_labels[first], key

@@ -25,17 +25,8 @@ from ep_jax.training import Augmentation
 def gradient(rule: ep.Derivative) -> tuple[Any, jax.Array]:
     """Of a model of two blocks by all of its parameters, in float64; the first block's residual."""
     phases = ep.Phases(free=200, nudged=200, beta=1e-3)
-    model = blocks.Blocks(
-        (4, 8, 2),
-        (3, 4),
-        3,
-        ep.Rate(activation="tanh"),
-        phases,
-        rule,
-        gain=0.6,
-        dtype=jnp.float64,
-        rngs=nnx.Rngs(0),
-    )
+    specs = blocks.specs_of((4, 8, 2), (3, 4), (5, 4), ep.Rate(activation="tanh"))
+    model = blocks.Blocks(specs, 3, phases, rule, gain=0.6, dtype=jnp.float64, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     xs, ys = jnp.asarray(rng.uniform(size=(5, 4, 8, 2))), jnp.arange(5) % 3
 
@@ -63,8 +54,8 @@ def test_three_rules_agree_on_blocks() -> None:
 @pytest.mark.slow
 def test_blocks_train_by_ep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command as a user gives it: it learns, and tells what it measured."""
-    words = "--rules ep --epochs 3 --channels 8 16 --neuron rate --learning-rate 0.01 --out"
-    monkeypatch.setattr("sys.argv", ["blocks.py", *words.split(), str(tmp_path)])
+    words = "--rules ep --epochs 3 --channels 8 16 --units 64 32 --neuron rate --learning-rate 0.01"
+    monkeypatch.setattr("sys.argv", ["blocks.py", *words.split(), "--out", str(tmp_path)])
     blocks.main()
     [row] = json.loads((tmp_path / "blocks.json").read_text())["rows"]
     assert row["val_error"][-1] < 45  # half of what chance gives; it has had three epochs
@@ -80,16 +71,15 @@ def test_memory_of_a_step_does_not_grow_with_the_sweeps() -> None:
     for rule in ("ep", "bptt"):
         for sweeps in (10, 50):
             phases = ep.Phases(free=sweeps, nudged=sweeps, estimator="one_sided")
-            model = blocks.Blocks(
-                (8, 8, 1), (4,), 10, ep.Rate(), phases, blocks.RULES[rule], rngs=nnx.Rngs(0)
-            )
+            specs = blocks.specs_of((8, 8, 1), (4, 8), (16, 8), ep.Rate())
+            model = blocks.Blocks(specs, 10, phases, blocks.RULES[rule], rngs=nnx.Rngs(0))
             optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-            step = blocks.make_step(Augmentation(), cap=0.95)
+            step = blocks.make_step(Augmentation(), strength=0.8)
             images, labels = np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int32)
             compiled = step.lower(model, optimizer, images, labels, jax.random.key(0)).compile()
             found[rule, sweeps] = compiled.memory_analysis().temp_size_in_bytes
     assert found["ep", 50] <= found["ep", 10]
-    state = 8 * 4 * (4 * 4 + 4 * 4) * 4  # bytes of a batch's states: two layers of 4 x 4 x 4
+    state = 8 * 4 * (4 * 4 * 4 + 2 * 2 * 8)  # bytes of a batch's states in the block below
     assert found["bptt", 50] - found["bptt", 10] > 40 * state
 
 
@@ -99,7 +89,13 @@ def test_blocks_that_were_interrupted_go_on(
 ) -> None:
     """A moment of the optimiser, a running average or a random number that a checkpoint lacks."""
     small = blocks.Settings(
-        tmp_path / "whole", rules=("ep",), channels=(4,), neuron="rate", epochs=2, train_images=64
+        tmp_path / "whole",
+        rules=("ep",),
+        channels=(4, 8),
+        units=(16, 8),
+        neuron="rate",
+        epochs=2,
+        train_images=64,
     )
     blocks.run(small)
     halves = replace(small, out=tmp_path / "halves", runs=tmp_path / "runs")

@@ -186,7 +186,7 @@ def test_spectral_radius_is_that_of_the_dense_jacobian(name: str) -> None:
     @jax.jit
     def settle(x: jax.Array) -> Any:
         phases = ep.Phases(free=200, sweep="synchronous")
-        return ep.free_phase(params, spec, x, phases, trace=lambda seen: seen.residual)
+        return ep.free_phase(params, spec, x, phases, trace=lambda seen: seen.change)
 
     state, info = settle(xs[0])
     if activation == "hard_sigmoid":

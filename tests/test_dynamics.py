@@ -409,7 +409,7 @@ def test_info_is_what_the_trace_shows() -> None:
     displaced = ep.Phases(7, 3, sweep="synchronous", coordinates="displacement")
 
     def look(snapshot: Any) -> Any:
-        return snapshot.state, snapshot.step, snapshot.residual
+        return snapshot.state, snapshot.step, snapshot.change
 
     @jax.jit
     def run() -> Any:

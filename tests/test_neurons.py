@@ -620,12 +620,12 @@ def test_delta_coded_network_falls_silent(sweep: Any, row_sum: float) -> None:
         spec,
         jnp.asarray(x),
         ep.Phases(free=150, sweep=sweep),
-        trace=lambda seen: (sum(jnp.sum(jnp.abs(q)) for q in seen.spikes), seen.residual),
+        trace=lambda seen: (sum(jnp.sum(jnp.abs(q)) for q in seen.spikes), seen.change),
     )
-    spikes, residual = info.trace
+    spikes, change = info.trace
     assert spikes[:3].sum() > 10
     assert not spikes[-50:].any()
-    assert residual[-49:].max() < 1e-15  # rounding: the map is computed once more
+    assert change[-49:].max() < 1e-15  # rounding: the map is computed once more
     if row_sum < 1:
         distance = np.abs(np.concatenate(state) - fixed).max()
         assert distance <= row_sum / (1 - row_sum) / 16
