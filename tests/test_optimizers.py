@@ -275,6 +275,7 @@ def test_a_cap_that_holds_every_link_touches_nothing_else(name: str) -> None:
     spec = LINKED[name]
     params, updates = make_params(spec), make_params(spec, 5)
     capped = cap_links(spec, 1e-3)
+    found: Any
     found, state = capped.update(updates, capped.init(params), params)
     links = {edge.params_index for edge in spec.links}
     assert int(cap_state(state).capped) == len(links) > 0
