@@ -1,11 +1,15 @@
 """How an answer forms, and what the feedback says to the layers below: pictures.
 
     python experiments/forming.py --weights pretrained/mnist --dataset mnist --out runs/forming
+    python experiments/forming.py --weights pretrained/mnist --dataset mnist --images 50 \
+        --out runs/forming_small
 
 Of some validation images, those of the smallest margin and some of which a square is hidden: the
 outputs after each sweep, beside the answers of the network without feedback; and what feedback
 makes of the first layer's state, brought back to the image by the adjoint of the first layer's
-weights: red is what it adds to what is seen, blue what it takes away.
+weights: red is what it adds to what is seen, blue what it takes away. The hidden ones that are
+shown are chosen for being right because of the feedback; how many images it mends and how many it
+spoils is told beside.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ import ep_jax as ep
 from ep_jax import diagnostics, network
 from ep_jax.checks import check_integer, check_number
 from ep_jax.data import load, to_float
-from ep_jax.files import new_folder
+from ep_jax.files import new_folder, write_json
+from ep_jax.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Arguments:
     dataset: str
     """digits, mnist or fashion_mnist."""
     out: Path
-    """Folder for ambiguous.png and hidden.png."""
+    """Folder for ambiguous.png, hidden.png and forming.json."""
     data_dir: str | None = None
     """Where the data lie; by default TFDS_DATA_DIR."""
     images: int = 1000
@@ -133,9 +138,21 @@ def draw(xs: np.ndarray, labels: np.ndarray, seen: Forming) -> Figure:
     return figure
 
 
-def run(arguments: Arguments) -> None:
-    """Choose images, follow, draw."""
-    out = new_folder("out", arguments.out, "ambiguous.png", "hidden.png")
+def count(seen: Forming, labels: np.ndarray) -> dict[str, int]:
+    """Of how many images the settled answer is wrong, and that without feedback; one of the two."""
+    settled, alone = (found.argmax(-1) != labels for found in (seen.settled, seen.alone))
+    return {
+        "images": len(labels),
+        "wrong": int(settled.sum()),
+        "wrong_without_feedback": int(alone.sum()),
+        "mended": int((alone & ~settled).sum()),
+        "spoiled": int((settled & ~alone).sum()),
+    }
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Choose images, follow, count, draw."""
+    out = new_folder("out", arguments.out, "ambiguous.png", "hidden.png", "forming.json")
     params, spec, _ = ep.load_weights(arguments.weights)
     data = load(arguments.dataset, data_dir=arguments.data_dir)
     whole = np.asarray(to_float(data.validation_images[: arguments.images]))
@@ -148,8 +165,14 @@ def run(arguments: Arguments) -> None:
     won = np.minimum(margin(occluded.settled, labels), -margin(occluded.alone, labels))
     rescued = np.argsort(-won)[: arguments.shown]
     for name, xs, chosen in (("ambiguous", whole, closest), ("hidden", hidden, rescued)):
-        found = follow(params, spec, jnp.asarray(xs[chosen]), arguments.sweeps)
-        draw(xs[chosen], labels[chosen], found).savefig(out / f"{name}.png", dpi=150)
+        forming = follow(params, spec, jnp.asarray(xs[chosen]), arguments.sweeps)
+        draw(xs[chosen], labels[chosen], forming).savefig(out / f"{name}.png", dpi=150)
+    counts = {"whole": count(seen, labels), "hidden": count(occluded, labels)}
+    settings = {name: getattr(arguments, name) for name in ("dataset", "images", "sweeps", "side")}
+    settings["weights"] = str(arguments.weights)
+    write_json(out / "forming.json", {"settings": settings, "counts": counts} | provenance())
+    print(counts)
+    return counts
 
 
 def main() -> None:

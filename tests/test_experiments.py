@@ -417,6 +417,19 @@ def test_what_feedback_says_is_brought_back_by_the_adjoint() -> None:
     np.testing.assert_allclose(seen.outputs[0, 0], seen.alone[0], atol=1e-6)
 
 
+def test_what_feedback_mends_and_spoils_is_counted() -> None:
+    """Mended and spoiled swapped, or counted among those that both get right."""
+    labels = np.array([0, 1, 1, 0, 1])
+    settled, alone = np.eye(2)[[0, 1, 0, 0, 1]], np.eye(2)[[1, 0, 1, 0, 0]]
+    assert forming.count(forming.Forming(None, settled, alone, None), labels) == {
+        "images": 5,
+        "wrong": 1,
+        "wrong_without_feedback": 3,
+        "mended": 3,
+        "spoiled": 1,
+    }
+
+
 def test_a_gradient_is_compared_with_what_it_is_without_the_edge() -> None:
     """The wrong end of the radii, or norms for their squares."""
     radius = np.linspace(0.5, 0.99, 10)
