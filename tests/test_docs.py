@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,18 @@ def test_the_readmes_code_prints_what_it_shows() -> None:
 def test_the_readmes_table_is_that_of_the_results() -> None:
     """New results without ``results_table.py --short`` would leave the README behind."""
     assert results_table.short_table(HOME / "results" / "table") in README
+
+
+def test_the_counts_of_a_study_are_those_of_its_results() -> None:
+    page = (DOCS / "studies" / "forming.md").read_text()
+    for file in (HOME / "results" / "forming").glob("*/forming.json"):
+        for counts, images in zip(
+            json.loads(file.read_text())["counts"].values(),
+            ("whole", "a square hidden"),
+            strict=True,
+        ):
+            wrong = (str(count) for name, count in counts.items() if name != "images")
+            assert f"| `{file.parent.name}` | {images} | {' | '.join(wrong)} |" in page
 
 
 def test_the_readme_is_short() -> None:
