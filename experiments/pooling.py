@@ -117,7 +117,7 @@ REGIMES: dict[Name, Regime] = {
     "contractive": Regime(
         feedback=1.0,
         analog=_CONTRACTIVE,
-        binary=replace(PRESETS["mnist_sigma_delta"].phases, free=40),
+        binary=replace(_CONTRACTIVE, free=40, nudged=20, sweep="alternating", relaxation=1.3),
         learning=_CONTRACTIVE,
         learning_rate=1e-2,
         optimizer=Muon(),
