@@ -18,18 +18,18 @@ import numpy as np
 
 
 def check_integer(name: str, value: Any, *, at_least: int) -> None:
-    """`value` is an integer (no bool) of at least `at_least`."""
+    """`value` is an integer (no bool) of at least `at_least`, and of what JAX's 32 bits hold."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}; expected an integer of at least {at_least}")
     if value < at_least:
         raise ValueError(f"{name} is {value}; expected an integer of at least {at_least}")
+    if value >= 2**32:
+        raise ValueError(f"{name} is {value}; expected an integer below 2^32")
 
 
 def check_seed(name: str, value: Any) -> None:
     """`value` is an integer of 32 bits: JAX drops what is beyond, so two seeds would be one."""
     check_integer(name, value, at_least=0)
-    if value >= 2**32:
-        raise ValueError(f"{name} is {value}; expected an integer below 2^32")
 
 
 def check_number(
@@ -64,6 +64,17 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = tuple(choices)
     if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def told(tree: Any) -> str:
+    """The arrays of a tree as ``dtype[shape]``, and what is none by its type."""
+
+    def one(leaf: Any) -> str:
+        if not hasattr(leaf, "dtype"):
+            return type(leaf).__name__
+        return f"{leaf.dtype}{list(leaf.shape)}"
+
+    return str(jax.tree.map(one, tree)).replace("'", "")
 
 
 def known(value: Any) -> bool:

@@ -7,12 +7,15 @@ be hashable, since it is static under ``jit``, and importable, where a network i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from ep_jax.checks import told
 
 Cost: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """``(output, target) -> scalar``, of one example."""
@@ -39,6 +42,26 @@ class CrossEntropy:
 
 COSTS: dict[str, Cost] = {"squared_error": SquaredError(), "cross_entropy": CrossEntropy()}
 """Costs that have names. With ``cross_entropy`` a network has a read-out unless it says not."""
+
+
+@functools.lru_cache(maxsize=256)
+def check_cost(cost: str | Cost, shape: tuple[int, ...]) -> None:
+    """Raise unless a cost of one's own is a real scalar, as traced on an answer of a shape.
+
+    Raises:
+        TypeError: it fails, or returns something else.
+    """
+    if isinstance(cost, str):
+        return
+    one = jax.ShapeDtypeStruct(shape, jnp.float32)
+    try:
+        found = jax.eval_shape(cost, one, one)
+    except Exception as error:  # whatever a user's code may do
+        raise TypeError(f"cost is {cost!r}, which fails on an answer and a target of shape {shape}:"
+                        f" {type(error).__name__}: {error}") from error  # fmt: skip
+    if getattr(found, "shape", None) != () or not jnp.issubdtype(found.dtype, jnp.floating):
+        raise TypeError(f"cost is {cost!r}, which returns {told(found)} for an answer and a target "
+                        f"of shape {shape}; expected a real scalar, of one example")  # fmt: skip
 
 
 def gradient(cost: Cost, output: jax.Array, target: jax.Array) -> jax.Array:

@@ -94,8 +94,10 @@ class EP:
 def _normalized(cotangents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cotangents ``[B, ...]`` with a largest entry of one, and their sizes ``[B]``."""
     sizes = jnp.max(jnp.abs(cotangents), axis=tuple(range(1, cotangents.ndim)))
-    safe = jnp.where(sizes > 0, sizes, 1)
-    return cotangents / safe.reshape(-1, *(1,) * (cotangents.ndim - 1)), sizes
+    tiny = float(jnp.finfo(sizes.dtype).tiny)
+    safe = jnp.clip(sizes, tiny, 0.25 / tiny)  # the reciprocals of others underflow
+    pulls = cotangents / safe.reshape(-1, *(1,) * (cotangents.ndim - 1))
+    return pulls, jnp.where(sizes == 0, sizes, safe)
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ def equilibrium(
         ((3, 4), (5, 3))
     """
     xs = check_batch(params, spec, xs, phases, key)
-    if not hasattr(derivative, "settle"):
+    if isinstance(derivative, type) or not hasattr(derivative, "settle"):
         raise TypeError(f"derivative is {derivative!r}; expected ep_jax.EP(), ep_jax.BPTT() or "
                         "ep_jax.Implicit()")  # fmt: skip
     check_choice("info", info, (True, False))

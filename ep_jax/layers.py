@@ -23,8 +23,10 @@ defaults. `Conv` overrides some of them for speed.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ep_jax import maps
-from ep_jax.checks import check_integer
+from ep_jax.checks import check_integer, told
 from ep_jax.maps import Shape, Unit
 
 LayerParams: TypeAlias = dict[str, jax.Array]
@@ -187,6 +189,75 @@ class Layer:
             TypeError: the layer does not know how.
         """
         raise TypeError(f"{self} cannot lose units; expected a layer with a method `keep`")
+
+
+@functools.lru_cache(maxsize=1024)
+def check_layer(layer: Layer, below: Shape) -> Shape:
+    """Raise where a layer's methods do not fit each other, as traced on a state of shape `below`.
+
+    Returns:
+        The shape of the layer's state.
+
+    Raises:
+        TypeError, ValueError: a method fails, or returns something else than `Layer` says.
+    """
+    shape = layer.output_shape(below)  # which says itself what does not fit
+    if not isinstance(shape, tuple | list) or not all(
+        isinstance(size, numbers.Integral) and size >= 1 for size in shape
+    ):
+        raise TypeError(f"{layer!r}.output_shape returns {shape!r} above a state of shape {below}; "
+                        "expected a tuple of sizes of at least 1")  # fmt: skip
+    if type(layer).pull is not Layer.pull:  # it knows better than what is asked here
+        return tuple(shape)
+
+    def traced(method: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return jax.eval_shape(function, *arguments)
+        except Exception as error:  # whatever a user's code may do
+            raise TypeError(f"{layer!r}.{method} fails above a state of shape {below}: "
+                            f"{type(error).__name__}: {error}") from error  # fmt: skip
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = traced("init", lambda k: layer.init(k, below, 1.0, jnp.float32), key)
+    named = isinstance(params, dict) and all(isinstance(name, str) for name in params)
+    if not named or not params or not all(hasattr(p, "dtype") for p in params.values()):
+        raise TypeError(f"{layer!r}.init returns {told(params)}; expected a dict of one or more "
+                        "arrays by name")  # fmt: skip
+    s = jax.ShapeDtypeStruct(below, jnp.float32)
+
+    def drive(params: LayerParams, s: jax.Array) -> jax.Array:
+        return layer.drive(layer.prepare(params, below), layer.pack(below, s))
+
+    for method, function in (("drive", drive), ("bias", lambda p, _: layer.bias(p, below))):
+        found = traced(method, function, params, s)
+        if getattr(found, "shape", None) != tuple(shape) or found.dtype != jnp.float32:
+            raise TypeError(f"{layer!r}.{method} returns {told(found)} above a state of shape "
+                            f"{below}; expected float32{list(shape)}, the shape of output_shape and"
+                            " the dtype of the state")  # fmt: skip
+    if layer.linear:
+        _check_linear(layer, below, params, drive)
+    return tuple(shape)
+
+
+def _check_linear(layer: Layer, below: Shape, params: Any, drive: Callable[..., Any]) -> None:
+    """Raise where a drive that should be linear has no transpose, or is not zero at zero."""
+    expected = "expected a drive that is linear in the state, or a class with linear = False"
+    zeros = jnp.zeros(below, jnp.float32)
+
+    def at_zero() -> jax.Array:
+        ones = jax.tree.map(lambda p: jnp.ones(p.shape, p.dtype), params)
+        out, back = drive(ones, zeros), lambda s: drive(ones, s)
+        jax.linear_transpose(back, zeros)(out)
+        return jnp.all(out == 0)
+
+    try:
+        with jax.ensure_compile_time_eval():
+            passes_through_zero = bool(jax.jit(at_zero)())
+    except NotImplementedError as error:
+        raise TypeError(f"{layer!r}.drive has no transpose: {error}; {expected}") from error
+    if not passes_through_zero:
+        raise ValueError(f"{layer!r}.drive of a state of zeros is not zero; {expected}, without "
+                         "the bias, which `bias` adds")  # fmt: skip
 
 
 def uniform(key: jax.Array, shape: Shape, fan_in: int, gain: float, dtype: Any) -> jax.Array:

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ep_jax.checks import check_choice, check_float_array, check_integer, check_number, known
-from ep_jax.costs import COSTS, Cost, gradient
-from ep_jax.layers import Layer, LayerParams
+from ep_jax.costs import COSTS, Cost, check_cost, gradient
+from ep_jax.layers import Layer, LayerParams, check_layer
 from ep_jax.maps import Shape, Unit
 from ep_jax.neurons import ACTIVATIONS, Activation, DeltaCode, Neuron, check_neuron
 
@@ -231,15 +231,16 @@ class NetworkSpec:
             raise ValueError("layers holds one layer; expected two or more with a read-out (that of"
                              " cost='cross_entropy'), which has no state")  # fmt: skip
         check_neuron(self.neuron)
-        _ = self.shapes  # raises where a layer does not fit the one below it
+        below = self.input_shape
+        for layer in self.layers:
+            below = check_layer(layer, below)
+        check_cost(self.cost, below)
         for skip in self.skips:
             if skip.target > self.depth:
                 raise ValueError(f"skips holds {skip}; expected a target of at most {self.depth}, "
                                  "the last layer inside the dynamics")  # fmt: skip
-            found, wanted = (
-                skip.layer.output_shape(self.shapes[skip.source]),
-                self.shapes[skip.target],
-            )
+            found = check_layer(skip.layer, self.shapes[skip.source])
+            wanted = self.shapes[skip.target]
             if found != wanted:
                 raise ValueError(f"skips holds {skip}, whose output has shape {found}; expected "
                                  f"{wanted}, that of layer {skip.target}")  # fmt: skip

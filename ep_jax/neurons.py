@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from ep_jax import spikes
-from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number
+from ep_jax.checks import check_choice, check_integer, check_non_negative, check_number, told
 
 Relax: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array | float], jax.Array]
 
@@ -850,22 +850,22 @@ def check_neuron(neuron: Neuron) -> None:
 
     def check(method: str, what: str, found: Any, expected: Any) -> None:
         if _form(found) != _form(expected):
-            raise TypeError(f"neuron.{method} of {neuron!r} returns {what}{_told(found)} on a "
-                            f"layer of three units; expected {_told(expected)}")  # fmt: skip
+            raise TypeError(f"neuron.{method} of {neuron!r} returns {what}{told(found)} on a "
+                            f"layer of three units; expected {told(expected)}")  # fmt: skip
 
     state = traced("start", neuron.start, s, s)
     if not hasattr(state, "s"):
-        raise TypeError(f"neuron.start of {neuron!r} returns {_told(state)}; expected a state with "
+        raise TypeError(f"neuron.start of {neuron!r} returns {told(state)}; expected a state with "
                         "a field s, the analog state")  # fmt: skip
     check("start", "a state whose s is ", state.s, s)
     stepped = traced("step", functools.partial(first_step, neuron), state, s, key)
     if not isinstance(stepped, tuple) or len(stepped) != 2:
-        raise TypeError(f"neuron.step of {neuron!r} returns {_told(stepped)}; expected the next "
+        raise TypeError(f"neuron.step of {neuron!r} returns {told(stepped)}; expected the next "
                         "state and the spikes, or None where there are none")  # fmt: skip
     check("step", "a state of ", stepped[0], state)
     if stepped[1] is not None and getattr(stepped[1], "shape", None) != s.shape:
-        raise TypeError(f"neuron.step of {neuron!r} returns spikes of {_told(stepped[1])} on a "
-                        f"layer of three units; expected {_told(s)}")  # fmt: skip
+        raise TypeError(f"neuron.step of {neuron!r} returns spikes of {told(stepped[1])} on a "
+                        f"layer of three units; expected {told(s)}")  # fmt: skip
     check("signal", "", traced("signal", neuron.signal, state), s)
     check("readout", "", traced("readout", neuron.readout, state), s)
 
@@ -874,8 +874,3 @@ def _form(tree: Any) -> Any:
     """What must be the same of two trees of arrays."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
-
-
-def _told(tree: Any) -> str:
-    """Arrays of a tree as ``dtype[shape]``."""
-    return str(jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", tree)).replace("'", "")

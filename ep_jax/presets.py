@@ -316,16 +316,9 @@ _VGG5 = replace(
 )
 
 # Binary spikes, whose trace must forget, ask for more sweeps, and bear less over-relaxation: it
-# makes the gaps larger that they have to close. Late in a training the gradient is that of a few
-# slow images, so further sweeps of an eighth are worth as much as twice the sweeps of all.
+# makes the gaps larger that they have to close.
 _BINARY_PHASES = replace(
-    _PHASES,
-    free=30,
-    nudged=16,
-    sweep="alternating",
-    relaxation=1.1,
-    free_more=40,
-    nudged_more=24,
+    _PHASES.without_stragglers(), free=30, nudged=20, sweep="alternating", relaxation=1.3
 )
 _SIGMA_DELTA = SigmaDelta(lam_power=0.75, nudged_quantum=0.3)
 _PLAIN = replace(_PHASES.without_stragglers(), beta=0.03, relaxation=1.0, limit=None)
@@ -425,7 +418,7 @@ PRESETS: dict[str, Config] = {
     **_compared("mnist", _MNIST),
     **_weak("mnist", _WEAK),
     "mnist_sigma_delta": replace(
-        _MNIST, epochs=8, neuron=DeltaCode(leak=True), phases=_BINARY_PHASES
+        _MNIST, epochs=12, neuron=DeltaCode(leak=True), phases=_BINARY_PHASES
     ),
     "mnist_sigma_delta_weak": replace(_WEAK_BINARY, neuron=_SIGMA_DELTA),
     "mnist_closed_loop_weak": replace(
@@ -462,9 +455,7 @@ PRESETS: dict[str, Config] = {
         _FASHION,
         epochs=6,
         neuron=DeltaCode(leak=True),
-        phases=replace(
-            _BINARY_PHASES.without_stragglers(), free=40, nudged=24, beta=0.01, relaxation=1.3
-        ),
+        phases=replace(_BINARY_PHASES, free=40, nudged=24, beta=0.01),
     ),
     **_compared("cifar10", _CIFAR10),
     **_weak("cifar10", _WEAK_CIFAR10),

@@ -1,8 +1,8 @@
 """Equilibrium blocks with batch norm between them, trained end to end by three derivative rules.
 
     python experiments/blocks.py --out results/blocks/digits
-    python experiments/blocks.py --dataset fashion_mnist --rules ep --epochs 10 \\
-        --runs runs/blocks --out results/blocks/fashion_mnist
+    python experiments/blocks.py --dataset fashion_mnist --rules ep --epochs 5 \\
+        --augmentation.flip --runs runs/blocks --out results/blocks/fashion_mnist
 
 A block is a convergent recurrent network of two layers at feedback 1 (`ep_jax.nnx`): the first one
 of convolutions, the second one dense. What comes before and after it is feed-forward, so the model
@@ -90,11 +90,11 @@ class Settings:
     """Learn from the first so many training images only."""
     learning_rate: float = 0.004
     """Peak rate of Muon; it decays to 0 along a cosine."""
-    weight_decay: float = 0.05
+    weight_decay: float = 0.5
     """Decoupled weight decay of the matrices."""
     gain: float = 0.3
     """Scale of the initial weights."""
-    strength: float = 0.8
+    strength: float = 0.95
     """Norm of the link between the layers of a block; from 1 on it proves nothing."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """How the training images are varied."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import flat, make_batch, make_params, relative_error, slow
+from jax.flatten_util import ravel_pytree
 from own import Local, Softened
 
 import ep_jax as ep
@@ -121,6 +122,23 @@ def test_the_scale_of_a_loss_is_a_factor() -> None:
     for scale in (1e-6, 1e6):
         scaled = jax.tree.map(lambda g, scale=scale: g / scale, run(params, xs, scale))
         assert relative_error(scaled, one) < 1e-12
+
+
+def test_cotangents_at_the_ends_of_a_precision_give_numbers() -> None:
+    """Their reciprocals underflow: large ones gave zeros, tiny ones no number."""
+    spec = ep.NetworkSpec((3,), (ep.Dense(4), ep.Dense(2)), ep.Rate())
+    params = ep.init_params(jax.random.key(0), spec, dtype=jnp.float32)
+    xs, phases = jnp.ones((2, 3), jnp.float32), ep.Phases(free=20, nudged=20)
+
+    @jax.jit
+    def pulled(size: jax.Array) -> Any:
+        _, back = jax.vjp(lambda p: ep.equilibrium(p, spec, xs, phases), params)
+        return ravel_pytree(back(jnp.full((2, 2), size)))[0]
+
+    one = pulled(jnp.float32(1.0))
+    large = pulled(jnp.float32(1e38))
+    np.testing.assert_allclose(np.asarray(large, np.float64) / 1e38, one, rtol=1e-5, atol=1e-6)
+    assert jnp.abs(pulled(jnp.float32(1e-39))).max() < 1e-37
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,69 @@ def test_own_layers_have_what_an_optimiser_and_a_chip_ask_for() -> None:
 def test_weights_of_another_name_are_no_picture() -> None:
     """All figures of a run failed where its first layer had no ``w``."""
     assert ep.plots.filters(({"u": jnp.ones((4, 2)), "v": jnp.ones((2, 3))},)) is None
+
+
+@dataclass(frozen=True)
+class Faulty(ep.Layer):
+    """Three units with one fault, by name."""
+
+    fault: str
+    linear: bool = True
+
+    def output_shape(self, below: Any) -> Any:
+        return {"shape": 3, "empty": (0,)}.get(self.fault, (3,))
+
+    def init(self, key: Any, below: Any, gain: Any, dtype: Any) -> Any:
+        params = {"w": jnp.ones((*below, 3), dtype), "b": jnp.zeros(3, dtype)}
+        return {"list": [params["w"]], "none": {}}.get(self.fault, params)
+
+    def drive(self, prepared: Any, s: jax.Array) -> jax.Array:
+        field = s @ prepared["w"]
+        match self.fault:
+            case "affine":
+                return field + prepared["b"]
+            case "clipped":
+                return jnp.maximum(field, 0)
+            case "wide":
+                return jnp.append(field, 0)
+            case "coarse":
+                return field.astype(jnp.bfloat16)
+            case "error":
+                return prepared["v"]
+        return field
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("shape", "output_shape returns 3 above a state of shape (2,); expected a tuple"),
+        ("empty", "output_shape returns (0,)"),
+        ("list", "init returns [float32[2, 3]]; expected a dict"),
+        ("none", "init returns {}; expected a dict"),
+        ("affine", "drive of a state of zeros is not zero; expected a drive that is linear"),
+        ("clipped", "drive has no transpose"),
+        ("wide", "drive returns float32[4] above a state of shape (2,); expected float32[3]"),
+        ("coarse", "drive returns bfloat16[3]"),
+        ("error", "drive fails above a state of shape (2,): KeyError: 'v'"),
+    ],
+)
+def test_a_layer_whose_methods_do_not_fit_is_refused(fault: str, said: str) -> None:
+    """An affine drive was accepted, and its gradient in displacement coordinates was wrong."""
+    with pytest.raises((TypeError, ValueError), match=re.escape(said)):
+        ep.NetworkSpec((2,), (Faulty(fault), ep.Dense(2)))
+    if fault in ("affine", "clipped"):
+        assert ep.NetworkSpec((2,), (Faulty(fault, linear=False), ep.Dense(2))).classes == 2
+
+
+@pytest.mark.parametrize(
+    ("cost", "said"),
+    [
+        (lambda output, target: output - target, "returns float32[2]"),
+        (lambda output, target: None, "returns None"),
+        (lambda output, target: jnp.argmax(output), "returns int32[]"),
+        (lambda output: output.sum(), "fails on an answer and a target of shape (2,): TypeError"),
+    ],
+)
+def test_a_cost_that_is_no_real_scalar_is_refused(cost: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(said)):
+        ep.NetworkSpec((2,), (ep.Dense(3), ep.Dense(2)), cost=cost)
