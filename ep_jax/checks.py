@@ -23,7 +23,7 @@ def check_integer(name: str, value: Any, *, at_least: int) -> None:
         raise TypeError(f"{name} is {value!r}; expected an integer of at least {at_least}")
     if value < at_least:
         raise ValueError(f"{name} is {value}; expected an integer of at least {at_least}")
-    if value >= 2**32:
+    if int(value) >= 2**32:
         raise ValueError(f"{name} is {value}; expected an integer below 2^32")
 
 
